@@ -1,0 +1,74 @@
+"""Diagonal, exactly (small networks) or by random probes."""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpkit.hessian.estimate import Estimate, LinearOperator, probed
+from dpkit.hessian.trace import mean_estimate
+
+
+class Diagonal(NamedTuple):
+    """values (n,) and standard_errors (n,): float64 on the CPU, in the order of the operator's entries."""
+
+    values: Tensor
+    standard_errors: Tensor
+    products: int
+
+
+def diagonal(op: LinearOperator, probes: int, generator: torch.Generator) -> Diagonal:
+    """Hutchinson's estimate of the diagonal: the mean of v * Hv (elementwise) over sign vectors v.
+
+    Each entry is unbiased; one probe gives entry i the variance sum_{j != i} H_ij^2 (Bekas, Kokiopoulou and
+    Saad 2007, An estimator for the diagonal of a matrix, with signs for the vectors). One entry is thus known
+    no better than the length of its row allows: use the values for distributions over many entries and the
+    standard error for single ones.
+
+    op symmetric (n, n); probes at least 2; CPU generator. Raises ``ValueError`` for fewer than 2 probes.
+    """
+    return trace_and_diagonal(op, probes, generator)[1]
+
+
+def trace_and_diagonal(op: LinearOperator, probes: int,
+                       generator: torch.Generator) -> tuple[Estimate, Diagonal]:
+    """:func:`trace` and :func:`diagonal` from the same products, at the cost of one of them.
+
+    The trace is the sum of the diagonal's values, but its standard error is not the root of the sum of
+    squares: errors of entries i and j share the term H_ij. It is taken over the probes' own sums. Raises as
+    :func:`diagonal`.
+    """
+    count, quadratic = 0, []
+    mean = torch.zeros(op.size, dtype=torch.float64, device=op.device)
+    spread = torch.zeros_like(mean)
+    for samples in probed(op, probes, generator):
+        quadratic.append(samples.sum(0, dtype=torch.float64).cpu())
+        # Merge of two means and sums of squares (Chan, Golub and LeVeque 1983, Algorithms for computing the
+        # sample variance): no cancellation, and memory for one block only.
+        block, centre = samples.shape[1], samples.mean(1, dtype=torch.float64)
+        shift = centre - mean
+        spread += (samples - centre[:, None]).square().sum(1)
+        spread += shift.square() * (count * block / (count + block))
+        mean += shift * (block / (count + block))
+        count += block
+    errors = (spread / (count * (count - 1))).sqrt()
+    return mean_estimate(torch.cat(quadratic)), Diagonal(mean.cpu(), errors.cpu(), count)
+
+
+def exact_diagonal(op: LinearOperator, *, limit: int = 5000, block: int = 64) -> Diagonal:
+    """The diagonal by one product an entry, ``block`` of them at a time; standard errors are 0.
+
+    This is the published protocol's estimator (it spends one double backward a parameter). Raises
+    ``ValueError`` when the operator has more than ``limit`` entries.
+    """
+    if op.size > limit:
+        raise ValueError(f"exact_diagonal takes one product an entry and at most {limit}, "
+                         f"got {op.size} entries; use diagonal or raise limit")
+    values = torch.empty(op.size, dtype=torch.float64)
+    for start in range(0, op.size, block):
+        rows = torch.arange(start, min(start + block, op.size), device=op.device)
+        columns = torch.zeros(op.size, len(rows), dtype=op.dtype, device=op.device)
+        columns[rows, rows - start] = 1.0
+        values[start:start + len(rows)] = op.matmat(columns)[rows, rows - start].double().cpu()
+    return Diagonal(values, torch.zeros_like(values), op.size)

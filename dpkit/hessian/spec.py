@@ -1,0 +1,40 @@
+"""What a Hessian measurement does: how many images, probes and Lanczos steps, on which parameters."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpkit.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class HessianSpec(Spec):
+    """Settings of one measurement.
+
+    images         fixed images, spread evenly over the classes, un-augmented (at least 1)
+    probes         random vectors for trace and diagonal (at least 2, or no error bar exists)
+    lanczos_steps  products spent on the top eigenvalue (at least 1, at most the number of surviving weights)
+    scope          "weights": the prunable weights; "all": biases and norm parameters too
+    dtype          "float32" or "float64"
+    target         stop the trace early at this relative standard error; 0 spends all probes
+    minimum        no early stop before this many probes (at least 2)
+
+    How many images are differentiated at once is not here: it changes time and memory, not the result.
+    Raises ``ValueError`` outside these ranges.
+    """
+
+    images: int = 500
+    probes: int = 30
+    lanczos_steps: int = 30
+    scope: str = "weights"
+    dtype: str = "float32"
+    target: float = 0.0
+    minimum: int = 10
+
+    def check(self) -> None:
+        self.require(self.images >= 1, f"images must be >= 1, got {self.images}")
+        self.require(self.probes >= 2, f"probes must be >= 2 to give an error bar, got {self.probes}")
+        self.require(self.lanczos_steps >= 1, f"lanczos_steps must be >= 1, got {self.lanczos_steps}")
+        self.one_of("scope", ("weights", "all"))
+        self.one_of("dtype", ("float32", "float64"))
+        self.between("target", 0.0, 1.0, open_high=True)
+        self.require(self.minimum >= 2, f"minimum must be >= 2 to give an error bar, got {self.minimum}")

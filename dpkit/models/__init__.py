@@ -1,0 +1,22 @@
+"""Networks as pure functions of flat dictionaries: ``forward(spec, params, buffers, x, train)``.
+
+No module objects: parameters and BatchNorm statistics go in and come out as ``dict[str, Tensor]``, so that
+masks, interpolation, planes, populations (``torch.func.vmap``) and Hessians are ordinary tensor code. Inputs
+are never mutated.
+"""
+from dpkit.models.checks import check_evaluation, check_same, spread
+from dpkit.models.network import (
+    classifier_name,
+    count_prunable,
+    features,
+    forward,
+    init,
+    prunable,
+    statistics,
+)
+from dpkit.models.reestimation import reestimate, statistics_source
+from dpkit.models.spec import ARCHITECTURES, ModelSpec
+
+__all__ = ["ARCHITECTURES", "ModelSpec", "check_evaluation", "check_same", "classifier_name",
+           "count_prunable", "features", "forward", "init", "prunable", "reestimate", "spread", "statistics",
+           "statistics_source"]

@@ -1,0 +1,100 @@
+"""Building blocks: what a layer's tensors are, how they start, and how activations are normalised."""
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpkit.tree import Buffers, Params
+
+EPSILON = 1e-5
+MOMENTUM = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One convolution or linear layer: its weight's ``shape`` (out, in, ...), and whether it has a bias."""
+
+    name: str
+    shape: tuple[int, ...]
+    bias: bool
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Weight and bias, both uniform on +-1/sqrt(fan_in): the default of ``nn.Conv2d`` and ``nn.Linear``.
+
+        That default is He et al. (2015) with negative slope sqrt(5), whose bound sqrt(6 / ((1 + 5) fan_in))
+        is 1/sqrt(fan_in).
+        """
+        bound = 1.0 / math.sqrt(math.prod(self.shape[1:]))
+        shapes = {f"{self.name}.weight": self.shape}
+        if self.bias:
+            shapes[f"{self.name}.bias"] = self.shape[:1]
+        return {name: torch.empty(shape).uniform_(-bound, bound, generator=generator)
+                for name, shape in shapes.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """One affine normalisation over ``channels``; ``tracked`` if it keeps running statistics (BatchNorm)."""
+
+    name: str
+    channels: int
+    tracked: bool
+
+    def init(self) -> Params:
+        """Scale one and shift zero, (channels,) each."""
+        return {f"{self.name}.weight": torch.ones(self.channels),
+                f"{self.name}.bias": torch.zeros(self.channels)}
+
+    def buffers(self) -> Buffers:
+        """Running mean zero and running variance one, (channels,) each; nothing for an untracked norm."""
+        if not self.tracked:
+            return {}
+        return {f"{self.name}.running_mean": torch.zeros(self.channels),
+                f"{self.name}.running_var": torch.ones(self.channels)}
+
+
+class Normaliser:
+    """Applies the norm called ``name`` to activations (N, C, H, W) and collects the new running statistics.
+
+    kind: ``batch``, ``instance`` or ``none``.  train: whether BatchNorm uses the batch's own statistics.
+    After the forward pass ``updated`` holds all buffers, the old ones untouched.
+    """
+
+    def __init__(self, kind: str, params: Params, buffers: Buffers, train: bool, momentum: float = MOMENTUM):
+        self.kind, self.params, self.train, self.momentum = kind, params, train, momentum
+        self.updated = dict(buffers)
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x
+        scale, shift = self.params[f"{name}.weight"], self.params[f"{name}.bias"]
+        if self.kind == "instance":
+            # One group a channel is instance norm; this kernel is faster than mean and variance written out.
+            return F.group_norm(x, x.shape[1], scale, shift, EPSILON)
+        mean, variance = self.updated[f"{name}.running_mean"], self.updated[f"{name}.running_var"]
+        if self.train:
+            # batch_norm overwrites the running statistics that it is given, even under vmap.
+            mean, variance = mean.clone(), variance.clone()
+            self.updated[f"{name}.running_mean"], self.updated[f"{name}.running_var"] = mean, variance
+        return F.batch_norm(x, mean, variance, scale, shift, self.train, self.momentum, EPSILON)
+
+
+class Recorder(Normaliser):
+    """BatchNorm in train mode that keeps by name the batch's mean, variance (over n) and n, per channel."""
+
+    def __init__(self, params: Params, buffers: Buffers):
+        # Momentum one replaces the running statistics by those of the batch; from zeros, as 0 * NaN is NaN.
+        zeros = {name: torch.zeros_like(t) for name, t in buffers.items()}
+        super().__init__("batch", params, zeros, train=True, momentum=1.0)
+        self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        y = super().__call__(name, x)
+        count = x.numel() // x.shape[1]
+        biased = self.updated[f"{name}.running_var"] * ((count - 1) / count)
+        self.moments[name] = (self.updated[f"{name}.running_mean"], biased, count)
+        return y

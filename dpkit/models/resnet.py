@@ -1,0 +1,67 @@
+"""ResNet-10 and ResNet-18: four stages of one or two basic blocks (He et al. 2016, arXiv 1512.03385).
+
+Widths are w, 2w, 4w, 8w; stages after the first halve the image. Convolutions have no bias. A shortcut is a
+1x1 convolution with norm where stride or channels change, the identity elsewhere. Parameter names are
+torchvision's. The initialisation is PyTorch's default, as in the paper's code; torchvision's own class draws
+normal weights instead.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpkit.models.layers import Norm, Normaliser, Weight
+from dpkit.models.spec import BLOCKS, ModelSpec
+from dpkit.tree import Params
+
+CLASSIFIER = "fc"
+STAGES = 4
+
+
+def blocks(spec: ModelSpec) -> Iterator[tuple[str, int, int, int]]:
+    """Each basic block in forward order: (name, channels in, channels out, stride)."""
+    before = spec.width
+    for stage in range(STAGES):
+        after = spec.width * 2**stage
+        for i in range(BLOCKS[spec.arch]):
+            yield f"layer{stage + 1}.{i}", before, after, 2 if stage > 0 and i == 0 else 1
+            before = after
+
+
+def table(spec: ModelSpec) -> list[Weight | Norm]:
+    """All layers with tensors, in forward order; a block's shortcut comes after its two convolutions."""
+    layers: list[Weight | Norm] = []
+
+    def convolution(name: str, norm: str, into: int, out: int, kernel: int) -> None:
+        layers.append(Weight(name, (out, into, kernel, kernel), bias=False))
+        if spec.norm_kind != "none":
+            layers.append(Norm(norm, out, tracked=spec.norm_kind == "batch"))
+
+    convolution("conv1", "bn1", spec.channels, spec.width, 7 if spec.stem == "imagenet" else 3)
+    for name, into, out, stride in blocks(spec):
+        convolution(f"{name}.conv1", f"{name}.bn1", into, out, 3)
+        convolution(f"{name}.conv2", f"{name}.bn2", out, out, 3)
+        if stride != 1 or into != out:
+            convolution(f"{name}.downsample.0", f"{name}.downsample.1", into, out, 1)
+    layers.append(Weight(CLASSIFIER, (spec.classes, spec.width * 2 ** (STAGES - 1)), bias=True))
+    return layers
+
+
+def features(spec: ModelSpec, params: Params, x: Tensor, norm: Normaliser) -> Tensor:
+    """Images (N, channels, S, S) to the classifier's input (N, 8 * width), averaged over positions."""
+    if spec.stem == "imagenet":
+        x = F.relu(norm("bn1", F.conv2d(x, params["conv1.weight"], stride=2, padding=3)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+    else:
+        x = F.relu(norm("bn1", F.conv2d(x, params["conv1.weight"], padding=1)))
+    for name, into, out, stride in blocks(spec):
+        y = F.conv2d(x, params[f"{name}.conv1.weight"], stride=stride, padding=1)
+        y = F.relu(norm(f"{name}.bn1", y))
+        y = norm(f"{name}.bn2", F.conv2d(y, params[f"{name}.conv2.weight"], padding=1))
+        if stride != 1 or into != out:
+            x = F.conv2d(x, params[f"{name}.downsample.0.weight"], stride=stride)
+            x = norm(f"{name}.downsample.1", x)
+        x = F.relu(x + y)
+    return x.mean((2, 3))

@@ -1,0 +1,213 @@
+"""One function a figure: a tidy frame in, a matplotlib figure out. An empty frame gives a figure that says so."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dpkit.report.frames import TITLES, summary
+
+#: one colour an arm or set everywhere (Okabe and Ito 2008: told apart by colour-blind readers)
+COLOURS = {"dense": "#000000", "all_data": "#000000", "imp": "#0072B2", "ltr": "#56B4E9", "distilled": "#D55E00",
+           "idc": "#D55E00", "idc_factor1": "#E69F00", "random_real": "#009E73", "herding": "#CC79A7", "random": "#8C8C8C"}
+MARKERS = {"dense": "s", "imp": "o", "ltr": "^", "distilled": "D", "random_real": "v", "random": "x"}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.bbox": "tight",
+         # without a salt the SVG's identifiers differ from run to run
+         "svg.hashsalt": "dpkit"}
+
+
+def new(width: float = 7.0, height: float = 4.0, columns: int = 1, rows: int = 1, **options):
+    """A figure and its axes in the book's style, without any global state."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, **options)
+
+
+def nothing(text: str = "nothing measured yet") -> Figure:
+    """A figure for an empty frame."""
+    figure, axes = new(5, 1.5)
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", color="#555555")
+    return figure
+
+
+def title(name: str) -> str:
+    """How an arm or a set is called."""
+    return TITLES.get(name, name)
+
+
+def sheet(images: np.ndarray, labels: Sequence[str], columns: int) -> Figure:
+    """Images (N, H, W, 3) in [0, 1] as a sheet of ``columns`` columns; one row a label."""
+    rows = len(images) // columns
+    height, width = images.shape[1:3]
+    pad = 1
+    canvas = np.ones((rows * (height + pad) - pad, columns * (width + pad) - pad, 3))
+    for i in range(rows * columns):
+        r, c = divmod(i, columns)
+        canvas[r * (height + pad):r * (height + pad) + height, c * (width + pad):c * (width + pad) + width] = images[i]
+    figure, axes = new(min(7.5, 0.55 * columns + 1.2), min(7.5, 0.55 * rows + 0.2))
+    axes.imshow(canvas.clip(0, 1), interpolation="nearest")
+    axes.grid(False)
+    axes.set_xticks([])
+    axes.set_yticks([r * (height + pad) + height / 2 for r in range(rows)], list(labels)[:rows])
+    axes.tick_params(length=0)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure
+
+
+def learning_curves(table: pd.DataFrame) -> Figure:
+    """Training loss against epoch. Columns: epoch, curve, seed."""
+    if not len(table):
+        return nothing()
+    figure, axes = new(6, 3.2)
+    for seed, group in table.groupby("seed"):
+        axes.plot(group["epoch"], group["curve"], label=f"seed {seed}")
+    axes.set(xlabel="epoch", ylabel="training loss (nats)", yscale="log")
+    axes.legend()
+    return figure
+
+
+def bars(table: pd.DataFrame, by: str, column: str, label: str) -> Figure:
+    """A horizontal bar a group: mean and 95% interval over seeds, each seed a dot. ``column`` is shown in percent."""
+    if not len(table):
+        return nothing()
+    stats = summary(table, [by], column)
+    figure, axes = new(6.5, 0.5 * len(stats) + 1.0)
+    place = np.arange(len(stats))[::-1]
+    axes.barh(place, 100 * stats["mean"], color=[COLOURS.get(n, "#777777") for n in stats[by]], alpha=0.75, height=0.6)
+    _whiskers(axes, 100 * stats["mean"], place, 100 * stats["low"], 100 * stats["high"], horizontal=True)
+    for y, name in zip(place, stats[by], strict=True):
+        values = 100 * table[(table[by] == name) & table["failed"].isna()].groupby("seed")[column].mean()
+        axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor="black", markersize=4, zorder=3)
+    axes.set_yticks(place, [f"{title(n)} (n = {k})" for n, k in zip(stats[by], stats["n"], strict=True)])
+    axes.set_xlabel(label)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "black") -> None:
+    center = np.asarray(x if horizontal else y, dtype=float)
+    spread = np.vstack([center - np.asarray(low, dtype=float), np.asarray(high, dtype=float) - center]).clip(0)
+    axes.errorbar(x, y, fmt="none", ecolor=colour, capsize=3, lw=1.2, **{"xerr" if horizontal else "yerr": spread})
+
+
+def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
+    """``column`` in percent against sparsity, a line an arm, 95% intervals over seeds; the dense network as a band.
+
+    rule: a threshold to draw, as a fraction.
+    """
+    if not len(table):
+        return nothing()
+    stats = summary(table, ["arm", "percent"], column)
+    figure, axes = new(7, 4.2)
+    dense = stats[stats["arm"] == "dense"]
+    if len(dense):
+        row = dense.iloc[0]
+        axes.axhspan(100 * row["low"], 100 * row["high"], color="black", alpha=0.1, lw=0)
+        axes.axhline(100 * row["mean"], color="black", lw=1.2, ls="--", label=f"dense (n = {row['n']})")
+    arms = [a for a in dict.fromkeys(stats["arm"]) if a != "dense"]
+    for i, arm in enumerate(arms):
+        part = stats[stats["arm"] == arm].sort_values("percent")
+        x = part["percent"] + (i - (len(arms) - 1) / 2) * 0.6  # side by side, so that intervals do not cover one another
+        axes.plot(x, 100 * part["mean"], color=COLOURS.get(arm), marker=MARKERS.get(arm, "o"), markersize=5,
+                  label=f"{title(arm)} (n = {part['n'].min()})")
+        _whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=COLOURS.get(arm, "black"))
+    if rule is not None:
+        axes.axhline(100 * rule, color="#B00000", lw=1, ls=":")
+        axes.annotate(f"{100 * rule:g} points: stable below", (1, 100 * rule), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", fontsize=8, color="#B00000")
+    axes.set(xlabel="sparsity (% of weights removed)", ylabel=label)
+    axes.set_xticks(sorted({int(p) for p in stats["percent"] if p}))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    return figure
+
+
+def paths(table: pd.DataFrame) -> Figure:
+    """Error along the line between children: a panel for each sparsity, a thin line a pair, a thick one the mean."""
+    if not len(table):
+        return nothing()
+    levels = sorted(set(table["percent"]))
+    figure, axes = new(2.6 + 2.4 * len(levels), 3.6, columns=len(levels), sharey=True, squeeze=False)
+    for panel, percent in zip(axes[0], levels, strict=True):
+        part = table[table["percent"] == percent]
+        for arm in dict.fromkeys(part["arm"]):
+            lines = part[part["arm"] == arm]
+            for _, line in lines.groupby(["seed", "pair"]):
+                panel.plot(line["alphas"], 100 * line["errors"], color=COLOURS.get(arm), lw=0.6, alpha=0.45)
+            mean = lines.groupby("alphas")["errors"].mean()
+            panel.plot(mean.index, 100 * mean, color=COLOURS.get(arm), lw=2, label=title(arm))
+        panel.set(xlabel="position α on the line", title=f"{percent}% sparse" if percent else "dense")
+    axes[0][0].set_ylabel("test error (%)")
+    handles = {text: h for panel in axes[0] for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=9)
+    return figure
+
+
+def planes(grids: Mapping[str, Mapping[str, np.ndarray]], value: str = "errors") -> Figure:
+    """Filled contours on the plane through three children, a panel an arm, the children marked.
+
+    grids: by title, arrays x (R,), y (R,), ``value`` (R, R) and corners (3, 2). All panels share one colour scale.
+    """
+    if not grids:
+        return nothing()
+    scale = 100 if value == "errors" else 1
+    top = max(float(g[value].max()) for g in grids.values()) * scale
+    low = min(float(g[value].min()) for g in grids.values()) * scale
+    figure, axes = new(0.8 + 3.6 * len(grids), 3.6, columns=len(grids), squeeze=False)
+    levels = np.linspace(low, top if top > low else low + 1, 15)
+    for panel, (name, grid) in zip(axes[0], grids.items(), strict=True):
+        shown = panel.contourf(grid["x"], grid["y"], scale * grid[value], levels=levels, cmap="viridis")
+        panel.contour(grid["x"], grid["y"], scale * grid[value], levels=levels[::2], colors="white", linewidths=0.4)
+        for i, (x, y) in enumerate(grid["corners"]):
+            panel.plot(x, y, "o", color="white", markeredgecolor="black", markersize=7)
+            panel.annotate(f"child {i}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center", color="white",
+                           fontsize=8)
+        panel.set(title=name, xlabel="distance along the first axis")
+        panel.set_aspect("equal")
+        panel.grid(False)
+    axes[0][0].set_ylabel("distance along the second axis")
+    figure.colorbar(shown, ax=axes[0].tolist(), label="test error (%)" if value == "errors" else "loss (nats)", shrink=0.85)
+    return figure
+
+
+def curvature(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
+    """One panel for each measure in ``columns`` (column -> label): mean and 95% interval over seeds, log scale."""
+    if not len(table):
+        return nothing()
+    figure, axes = new(2.9 * len(columns), 3.4, columns=len(columns), squeeze=False)
+    arms = list(dict.fromkeys(table["arm"]))
+    for panel, (column, label) in zip(axes[0], columns.items(), strict=True):
+        good = table[table["failed"].isna() & (table[column] > 0)]
+        for i, arm in enumerate(arms):
+            values = good[good["arm"] == arm].groupby("seed")[column].mean()
+            colour = COLOURS.get(arm, "#777777")
+            panel.plot(np.full(len(values), i), values, "o", color=colour, alpha=0.4, markersize=5)
+            if len(values):
+                panel.plot([i - 0.25, i + 0.25], [np.exp(np.log(values).mean())] * 2, color=colour, lw=2.5)
+        panel.set(yscale="log", title=label)
+        panel.set_xticks(range(len(arms)), [a.replace("_", "\n") for a in arms], fontsize=8)
+        panel.grid(axis="x", visible=False)
+    return figure
+
+
+def diagonals(values: Mapping[str, np.ndarray]) -> Figure:
+    """Distribution of the Hessian's diagonal over surviving weights, by arm, on a symmetric log scale."""
+    if not values:
+        return nothing()
+    figure, axes = new(6.5, 3.4)
+    scale = max(1e-6, min(float(np.quantile(np.abs(v), 0.5)) for v in values.values()))
+    top = max(float(np.abs(v).max()) for v in values.values())
+    edges = np.arcsinh(np.array([-top, top]) / scale)
+    bins = scale * np.sinh(np.linspace(*edges, 81))
+    for arm, v in values.items():
+        density, _ = np.histogram(v, bins=bins)
+        axes.stairs(density / len(v), bins, color=COLOURS.get(arm), lw=1.6, label=title(arm))
+    axes.set_xscale("symlog", linthresh=scale)
+    axes.set(xlabel="diagonal entry of the Hessian", ylabel="share of surviving weights")
+    axes.legend(fontsize=9)
+    return figure

@@ -1,0 +1,54 @@
+"""Tidy frames from the store: one row a network, path, plane or spectrum, with the key that it came from."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from dpkit.store import Store
+
+#: how the arms and sets are called in figures and tables
+TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound to early step",
+          "distilled": "distilled pruning (IDC)", "random_real": "random real subset", "random": "random mask",
+          "idc": "IDC", "idc_factor1": "IDC, factor 1", "herding": "herding", "all_data": "all data"}
+
+
+def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], drop: Iterable[str] = ("density", "collapsed")) -> pd.DataFrame:
+    """One row for each (place, key): the place, the artifact's plain results, its seconds, ``failed`` and ``key``.
+
+    Rows whose artifact is not made yet are left out; rows without a result (a diverged network) stay, with ``failed``
+    saying why and NaN for their numbers.
+    """
+    records = []
+    for place, key in rows:
+        if not store.has(key):
+            continue
+        artifact = store.get(key)
+        result = {k: v for k, v in artifact.meta["result"].items() if k not in drop and not isinstance(v, (dict, list))}
+        records.append({**place, **result, "seconds": artifact.meta["seconds"], "failed": artifact.failed, "key": key})
+    return pd.DataFrame.from_records(records)
+
+
+def curves(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], names: Iterable[str]) -> pd.DataFrame:
+    """One row for each point of each artifact's curves: the place, ``key``, and the tensors ``names``, all (T,)."""
+    parts = []
+    for place, key in rows:
+        if store.has(key) and not store.get(key).failed:
+            tensors = store.get(key).tensors
+            part = pd.DataFrame({name: tensors[name].double().numpy() for name in names})
+            parts.append(part.assign(**place, key=key))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def summary(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
+    """Mean, interval and n of ``column`` for each group, over seeds (rows of one seed are averaged first)."""
+    from dpkit.statistics import mean_interval
+
+    records = []
+    for place, group in table[table["failed"].isna()].groupby(by, sort=False):
+        values = group.groupby("seed")[column].mean().tolist()
+        mean, low, high = mean_interval(values)
+        records.append({**dict(zip(by, place if isinstance(place, tuple) else (place,), strict=True)), "mean": mean,
+                        "low": mean if low is None else low, "high": mean if high is None else high, "n": len(values)})
+    return pd.DataFrame.from_records(records, columns=[*by, "mean", "low", "high", "n"])

@@ -1,0 +1,185 @@
+"""Every number that the book prints: its name, value, n, interval, and the key that leads back to what made it.
+
+Names are ``chapter.arm.measure`` with ``@sparsity`` in percent where there is one. Accuracies, errors and barriers are
+fractions in [0, 1]. n counts independent initialisations; children and pairs of one initialisation are averaged first.
+``A_minus_B`` are differences paired by initialisation, ``A_over_B`` ratios (geometric mean).
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from dpkit.report.frames import frame
+from dpkit.statistics import mean_interval, ratio_interval
+from dpkit.store import Store, key_for
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Number:
+    """A printed number. low, high: ends of its 95% interval, None when n is 1."""
+
+    name: str
+    value: float
+    n: int
+    low: float | None
+    high: float | None
+    key: str
+
+    def json(self) -> str:
+        """One JSON line."""
+        return json.dumps(asdict(self))
+
+
+def number(store: Store, name: str, values: Mapping[int, float], keys: Sequence[str], kind: str = "mean") -> Number:
+    """Summarise one value a seed and keep the summary in the store, with everything that went in as its parents.
+
+    kind: ``mean``; ``fraction``, a mean whose interval is cut to [0, 1]; ``ratio``, a geometric mean.
+    """
+    ordered = [values[seed] for seed in sorted(values)]
+    value, low, high = (ratio_interval if kind == "ratio" else mean_interval)(ordered, LEVEL)
+    if kind == "fraction" and low is not None:
+        low, high = max(0.0, low), min(1.0, high)
+    spec = {"name": name, "kind": kind, "level": LEVEL, "seeds": sorted(values)}
+    parents = {str(i): key for i, key in enumerate(sorted(set(keys)))}
+    key = key_for("number", 1, spec, parents)
+    if not store.has(key):
+        store.put(key, stage="number", version=1, spec=spec, parents=parents, seconds=0.0, label=name,
+                  tensors={"values": torch.tensor(ordered, dtype=torch.float64)},
+                  result={"value": value, "n": len(ordered), "low": low, "high": high})
+    return Number(name, value, len(ordered), low, high, key)
+
+
+def by_seed(table: pd.DataFrame, column: str) -> tuple[dict[int, float], list[str]]:
+    """The mean of ``column`` for each seed that has a result, and the keys of the rows used."""
+    good = table[table["failed"].isna()] if len(table) else table
+    if not len(good):
+        return {}, []
+    return good.groupby("seed")[column].mean().to_dict(), good["key"].tolist()
+
+
+def suffix(percent: int) -> str:
+    """``@67`` for a sparse arm, nothing for a dense one."""
+    return f"@{percent}" if percent else ""
+
+
+class Collector:
+    """Collects the numbers of one chapter from its frame, whose rows are told apart by ``label`` and ``percent``."""
+
+    def __init__(self, store: Store, prefix: str, table: pd.DataFrame, label: str = "arm"):
+        self.store, self.prefix, self.label = store, prefix, label
+        self.table = table if "percent" in table else table.assign(percent=0)
+        self.found: list[Number] = []
+
+    def places(self) -> list[tuple[str, int]]:
+        """(label, percent) of all rows, in their order."""
+        return list(dict.fromkeys(zip(self.table[self.label], self.table["percent"].astype(int), strict=True)))
+
+    def rows(self, name: str, percent: int) -> pd.DataFrame:
+        """The rows at one place."""
+        return self.table[(self.table[self.label] == name) & (self.table["percent"] == percent)]
+
+    def add(self, name: str, percent: int, measure: str, column: str, kind: str = "fraction") -> None:
+        """The number of one place, unless no seed has a result."""
+        values, keys = by_seed(self.rows(name, percent), column)
+        if values:
+            self.found.append(number(self.store, f"{self.prefix}.{name}.{measure}{suffix(percent)}", values, keys, kind))
+
+    def compare(self, first: tuple[str, int], second: tuple[str, int], measure: str, column: str, *,
+                ratio: bool = False) -> None:
+        """First minus (or over) second, seed by seed. Seeds that lack either are left out, and n says so."""
+        a, keys_a = by_seed(self.rows(*first), column)
+        b, keys_b = by_seed(self.rows(*second), column)
+        both = sorted(set(a) & set(b))
+        if ratio:
+            both = [s for s in both if a[s] > 0 and b[s] > 0]  # the logarithm of a ratio needs positive numbers
+        if both:
+            values = {s: a[s] / b[s] if ratio else a[s] - b[s] for s in both}
+            name = f"{self.prefix}.{first[0]}_{'over' if ratio else 'minus'}_{second[0]}.{measure}{suffix(first[1])}"
+            self.found.append(number(self.store, name, values, keys_a + keys_b, "ratio" if ratio else "mean"))
+
+
+Rows = Iterable[tuple[Mapping[str, Any], str]]
+
+
+def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
+    """Every number that can be computed from what is in the store. chapters: (place, key) rows by chapter."""
+    makers = {"distillation": _distillation, "tickets": _tickets, "searches": _searches, "connectivity": _connectivity,
+              "landscape": _landscape, "hessian": _hessian}
+    found: list[Number] = []
+    for name, make in makers.items():
+        table = frame(store, list(chapters.get(name, ())))
+        if len(table) and not table["failed"].notna().all():
+            found += make(store, table)
+    return found
+
+
+def _distillation(store: Store, table: pd.DataFrame) -> list[Number]:
+    chapter = Collector(store, "distill", table.assign(accuracy=1 - table["error"]), "set")
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "accuracy", "accuracy")
+    for other in ("random_real", "idc_factor1", "herding"):
+        chapter.compare(("idc", 0), (other, 0), "accuracy", "accuracy")
+    return chapter.found
+
+
+def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
+    chapter = Collector(store, "tickets", table.assign(accuracy=1 - table["error"]))
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "accuracy", "accuracy")
+        if name not in ("dense", "distilled"):
+            chapter.compare(("distilled", percent), (name, percent), "accuracy", "accuracy")
+    return chapter.found
+
+
+def _searches(store: Store, table: pd.DataFrame) -> list[Number]:
+    """The cost of each mask search up to the last measured round: training points and seconds, the set not counted."""
+    # the mean over a seed's rows times their number is their sum
+    rounds = table.groupby(["arm", "seed"])["key"].transform("size")
+    chapter = Collector(store, "tickets", table.assign(points=table["points"] * rounds, seconds=table["seconds"] * rounds))
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "search_points", "points", "mean")
+        chapter.add(name, percent, "search_seconds", "seconds", "mean")
+        if name != "distilled":
+            chapter.compare((name, percent), ("distilled", percent), "search_points", "points", ratio=True)
+            chapter.compare((name, percent), ("distilled", percent), "search_seconds", "seconds", ratio=True)
+    return chapter.found
+
+
+def _connectivity(store: Store, table: pd.DataFrame) -> list[Number]:
+    chapter = Collector(store, "connectivity", table.assign(stable=table["stable"].astype(float)))
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "barrier", "error_barrier")
+        chapter.add(name, percent, "loss_barrier", "loss_barrier", "mean")
+        chapter.add(name, percent, "stable", "stable")
+        if name not in ("dense", "distilled"):
+            chapter.compare(("distilled", percent), (name, percent), "barrier", "error_barrier")
+    return chapter.found
+
+
+def _landscape(store: Store, table: pd.DataFrame) -> list[Number]:
+    chapter = Collector(store, "landscape", table)
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "highest_error", "highest_error")
+    return chapter.found
+
+
+def _hessian(store: Store, table: pd.DataFrame) -> list[Number]:
+    chapter = Collector(store, "hessian", table)
+    for name, percent in chapter.places():
+        for column in ("trace", "top_eigenvalue", "trace_per_weight"):
+            chapter.add(name, percent, column, column, "mean")
+        if name not in ("dense", "distilled"):
+            chapter.compare(("distilled", percent), (name, percent), "trace", "trace", ratio=True)
+            chapter.compare(("distilled", percent), (name, percent), "top_eigenvalue", "top_eigenvalue", ratio=True)
+    dense = [p for n, p in chapter.places() if n == "distilled"]
+    for percent in dense:
+        chapter.compare(("distilled", percent), ("dense", 0), "trace", "trace", ratio=True)
+        chapter.compare(("distilled", percent), ("dense", 0), "trace_per_weight", "trace_per_weight", ratio=True)
+    return chapter.found

@@ -1,0 +1,193 @@
+"""Stages that make things: small sets, trained networks, tickets."""
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkit import distill, models, prune, training, tree
+from dpkit.data import Dataset, Split, normalise
+from dpkit.distill import DistillSpec
+from dpkit.models import ModelSpec
+from dpkit.prune import PruneSpec
+from dpkit.spec import canonical_json
+from dpkit.stages.unit import Context, Output, Unit, stage
+from dpkit.store import Artifact
+from dpkit.training import State, TrainSpec
+from dpkit.tree import Buffers, Params
+
+CHECKPOINT_SECONDS = 30.0
+
+
+def named(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of several groups under names ``GROUP/NAME``."""
+    return {f"{group}/{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
+
+
+def network_of(artifact: Artifact, prefix: str = "") -> tuple[Params, Buffers]:
+    """Parameters and buffers in an artifact (of a snapshot, with ``prefix`` ``"STEP/"``)."""
+    return artifact.group(f"{prefix}params"), artifact.group(f"{prefix}buffers")
+
+
+def initial(spec: Mapping[str, Any]) -> tuple[Params, Buffers]:
+    """The network at initialisation that a unit's ``model`` and ``init_seed`` say."""
+    return models.init(ModelSpec(**spec["model"]), tree.generator_for(spec["init_seed"], "init"))
+
+
+# --- small sets -----------------------------------------------------------------------------------------------------------
+@stage("distill", 1)
+def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Make a small set. Tensors: images, labels. Result: the recipe, sizes and the history of matching distances."""
+    spec = DistillSpec(**unit.spec["distill"])
+    dataset, model, seed = context.dataset(unit.data), ModelSpec(**unit.spec["model"]), unit.spec["seed"]
+    history: list[float] = []
+    if spec.method == "random":
+        split = distill.random(dataset.train, dataset.classes, spec.ipc, tree.generator_for(seed, "random"))
+    elif spec.method == "herding":
+        params, buffers = network_of(parents["network"])
+        images = normalise(dataset.train.images, dataset.mean, dataset.std)
+        with torch.no_grad():
+            features = torch.cat([models.features(model, params, buffers, x) for x in images.split(500)])
+        split = distill.herding(dataset.train, dataset.classes, spec.ipc, features)
+    else:
+        saved = context.store.load_partial(unit.key)
+        resume = (saved["images"], saved["history"].tolist()) if saved else None
+        last = time.monotonic()
+
+        def checkpoint(images: Tensor, values: list[float]) -> None:
+            nonlocal last
+            if time.monotonic() - last > CHECKPOINT_SECONDS:
+                context.store.save_partial(unit.key, {"images": images, "history": torch.tensor(values, dtype=torch.float64)})
+                last = time.monotonic()
+
+        try:
+            split, history = distill.idc(spec, model, dataset.train, dataset.mean, dataset.std, seed, resume=resume,
+                                         checkpoint=checkpoint, progress=context.step(unit), device=context.device)
+        except FloatingPointError as error:
+            return Output({}, {}, failed=str(error))
+    stored, factor = len(split), spec.factor
+    return Output({"images": split.images, "labels": split.labels, "mean": dataset.mean, "std": dataset.std},
+                  {"factor": factor, "stored_images": stored, "training_images": stored * factor**2,
+                   "history": history, "recipe": {"train": unit.spec["train"], "factor": factor,
+                                                  "mean": dataset.mean.tolist(), "std": dataset.std.tolist()}})
+
+
+def read_set(artifact: Artifact) -> Split:
+    """The decoded training images of a stored set."""
+    return distill.decode(Split(artifact.tensors["images"], artifact.tensors["labels"]), artifact.result["factor"])
+
+
+# --- networks -------------------------------------------------------------------------------------------------------------
+def _group(unit: Unit) -> str:
+    """Networks that share data, architecture, schedule and snapshots may be trained as one population."""
+    images = unit.parents["images"].key if "images" in unit.parents else ""
+    shared = {name: unit.spec[name] for name in ("data", "model", "train", "first_step", "snapshots")}
+    return canonical_json([shared, images])
+
+
+def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, Artifact]]) -> list[Output]:
+    """Train networks that share everything but start, mask and noise; see :func:`train_network`."""
+    spec, dataset = units[0].spec, context.dataset(units[0].data)
+    model, train = ModelSpec(**spec["model"]), TrainSpec(**spec["train"])
+    split = read_set(parents[0]["images"]) if "images" in parents[0] else dataset.train
+    starts, kept = [], []
+    for unit, family in zip(units, parents, strict=True):
+        ticket = family.get("ticket")
+        starts.append(network_of(ticket) if ticket else initial(unit.spec))
+        kept.append(ticket.group("mask") if ticket else prune.full(model, starts[-1][0]))
+    checkpoint, resume = None, None
+    if len(units) == 1:
+        resume = _read_state(context.store.load_partial(units[0].key))
+        checkpoint = _checkpointing(context, units[0])
+    fit = training.fit(train, model, split, dataset.mean, dataset.std, tree.stack([s[0] for s in starts]),
+                       tree.stack([s[1] for s in starts]), [unit.spec["noise_seed"] for unit in units],
+                       masks=tree.stack(kept), first_step=spec["first_step"], snapshots=spec["snapshots"],
+                       resume=resume, checkpoint=checkpoint, progress=context.step(units[0]), device=context.device)
+    return [_trained(context, dataset, model, train, len(split), fit, p) for p in range(len(units))]
+
+
+@stage("network", 1, many=train_many, group=_group)
+def train_network(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Train one network on real data, or on the set ``images``, from a ``ticket`` or from initialisation.
+
+    Tensors: params, buffers, those of the snapshots, and the training loss of each epoch. Result: error in [0, 1] and mean
+    cross-entropy on the test images, last training loss, steps, and training points (images processed).
+    """
+    return train_many(context, [unit], [parents])[0]
+
+
+def _trained(context: Context, dataset: Dataset, model: ModelSpec, train: TrainSpec, images: int, fit: training.Fit,
+             p: int) -> Output:
+    per_epoch = train.steps_per_epoch(images)
+    steps = fit.losses.shape[1]
+    curve = [float(part.mean()) for part in fit.losses[p].split(per_epoch)]
+    points = steps * images / per_epoch
+    try:
+        params, buffers = fit.network(p)
+    except training.Diverged as error:
+        return Output({}, {"steps": steps, "points": points}, failed=f"diverged at step {error.step}")
+    test = normalise(dataset.test.images, dataset.mean, dataset.std).to(context.device)
+    on_device = tree.to(params, context.device), tree.to(buffers, context.device)
+    error, loss = training.evaluate(model, *on_device, test, dataset.test.labels.to(context.device))
+    tensors = named(params=params, buffers=buffers) | {"curve": torch.tensor(curve, dtype=torch.float64)}
+    for step, (at_params, at_buffers) in fit.snapshots.items():
+        tensors |= {f"{step}/{name}": t[p] for name, t in named(params=at_params, buffers=at_buffers).items()}
+    return Output(tensors, {"error": error, "loss": loss, "train_loss": curve[-1], "steps": steps, "points": points})
+
+
+def _checkpointing(context: Context, unit: Unit):
+    """A checkpoint callback that writes at most every half minute: most networks finish before the first."""
+    last = time.monotonic()
+
+    def write(state: State) -> None:
+        nonlocal last
+        if time.monotonic() - last < CHECKPOINT_SECONDS:
+            return
+        tensors = named(params=state.params, buffers=state.buffers, momentum=state.momentum)
+        tensors |= {"losses": state.losses, "step": torch.tensor(state.step)}
+        for step, (params, buffers) in state.snapshots.items():
+            tensors |= {f"snapshot/{step}/{name}": t for name, t in named(params=params, buffers=buffers).items()}
+        context.store.save_partial(unit.key, tensors)
+        last = time.monotonic()
+
+    return write
+
+
+def _read_state(saved: Mapping[str, Tensor] | None) -> State | None:
+    if saved is None:
+        return None
+    def group(prefix: str) -> dict[str, Tensor]:
+        return {n[len(prefix) + 1:]: t for n, t in saved.items() if n.startswith(prefix + "/")}
+    steps = {int(n.split("/")[1]) for n in saved if n.startswith("snapshot/")}
+    snapshots = {s: (group(f"snapshot/{s}/params"), group(f"snapshot/{s}/buffers")) for s in sorted(steps)}
+    return State(group("params"), group("buffers"), group("momentum"), int(saved["step"]), saved["losses"], snapshots)
+
+
+# --- tickets --------------------------------------------------------------------------------------------------------------
+@stage("ticket", 1)
+def make_ticket(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Make the ticket of one round. Tensors: params (removed weights zero), buffers, mask. Result: counted sparsity.
+
+    With a parent ``network`` its weights are pruned by magnitude, on top of the ticket ``previous`` if there is one;
+    without, the mask is random. Survivors are rewound to the snapshot ``rewind_step`` of ``start``, or to initialisation.
+    """
+    spec = unit.spec
+    settings = PruneSpec(**spec["prune"])
+    start = network_of(parents["start"], f"{spec['rewind_step']}/") if "start" in parents else initial(spec)
+    mask = prune.full(ModelSpec(**spec["model"]), start[0])
+    if "network" in parents:
+        if "previous" in parents:
+            mask = parents["previous"].group("mask")
+        before = prune.Ticket(start[0], start[1], {n: mask[n] for n in start[0] if n in mask}, spec["round"] - 1)
+        ticket = prune.next_ticket(settings, before, network_of(parents["network"]), start)
+    else:
+        scores = prune.random_scores(mask, tree.generator_for(spec["mask_seed"], "mask"))
+        count = prune.survivors(prune.size(mask), settings.fraction, spec["round"])[-1]
+        ticket = prune.rewind(start, start, prune.keep_highest(scores, mask, count), spec["round"])
+    return Output(named(params=ticket.params, buffers=ticket.buffers, mask=ticket.mask),
+                  {"sparsity": prune.sparsity(ticket.mask), "surviving": prune.surviving(ticket.mask),
+                   "weights": prune.size(ticket.mask), "round": ticket.round, "density": prune.density(ticket.mask),
+                   "collapsed": list(prune.collapsed(ticket.mask))})

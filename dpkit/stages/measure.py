@@ -1,0 +1,76 @@
+"""Stages that measure: paths between networks, planes through three, the Hessian at one."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from dpkit import connectivity, hessian, landscape, tree
+from dpkit.connectivity import PathSpec
+from dpkit.data import normalise
+from dpkit.hessian import HessianSpec
+from dpkit.landscape import PlaneSpec
+from dpkit.models import ModelSpec
+from dpkit.stages.make import network_of
+from dpkit.stages.unit import Context, Output, Unit, stage
+from dpkit.store import Artifact
+
+
+def _on(device: str, artifact: Artifact):
+    params, buffers = network_of(artifact)
+    return tree.to(params, device), tree.to(buffers, device)
+
+
+def _images(context: Context, unit: Unit):
+    """Test images, labels and training images, normalised, on the device; training images only as many as are used."""
+    dataset = context.dataset(unit.data)
+    few = dataset.train.images[:: max(1, len(dataset.train) // 1000)]
+    return (normalise(dataset.test.images, dataset.mean, dataset.std).to(context.device),
+            dataset.test.labels.to(context.device), normalise(few, dataset.mean, dataset.std).to(context.device))
+
+
+@stage("path", 1)
+def measure_path(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Error and loss on the test images along the line between two children. Result: both curves and their barriers."""
+    images, labels, few = _images(context, unit)
+    model = ModelSpec(**unit.spec["model"])
+    found = connectivity.path(PathSpec(**unit.spec["path"]), model, _on(context.device, parents["a"]),
+                              _on(context.device, parents["b"]), images, labels, statistics_images=few)
+    return Output({"alphas": found.alphas, "errors": found.errors, "losses": found.losses},
+                  {"error_barrier": found.error_barrier, "loss_barrier": found.loss_barrier,
+                   "stable": connectivity.is_stable(found.error_barrier)})
+
+
+@stage("plane", 1)
+def measure_plane(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Error and loss on the plane through three children. Tensors: x (R,), y (R,), errors and losses (R, R), corners."""
+    images, labels, few = _images(context, unit)
+    model = ModelSpec(**unit.spec["model"])
+    networks = [_on(context.device, parents[name]) for name in "abc"]
+    flat = landscape.plane(*(params for params, _ in networks))
+    grid = landscape.grid(PlaneSpec(**unit.spec["plane"]), model, flat, networks[0][1], images, labels, statistics_images=few)
+    return Output({"x": grid.x, "y": grid.y, "errors": grid.errors, "losses": grid.losses, "corners": flat.coordinates},
+                  {"highest_error": float(grid.errors.max()), "lowest_error": float(grid.errors.min())})
+
+
+@stage("hessian", 1)
+def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Trace, diagonal and top eigenvalue at a trained network, on surviving weights. Result: values and standard errors."""
+    spec, model, dataset = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"]), context.dataset(unit.data)
+    params, buffers = _on(context.device, parents["network"])
+    mask = tree.to(parents["ticket"].group("mask"), context.device) if "ticket" in parents else None
+    chosen = hessian.subset(dataset.train.labels, min(spec.images, len(dataset.train)))
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std).to(context.device)
+    op = hessian.Operator.from_spec(spec, model, params, buffers, images, dataset.train.labels[chosen].to(context.device),
+                                    mask=mask)
+    trace, diagonal = hessian.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
+    steps = min(spec.lanczos_steps, op.size)
+    top = hessian.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))
+    values = diagonal.values.double()
+    negative = float((values < -2 * diagonal.standard_errors.double()).double().mean())
+    return Output({"diagonal": diagonal.values.float(), "diagonal_error": diagonal.standard_errors.float()},
+                  {"trace": trace.value, "trace_error": trace.standard_error, "top_eigenvalue": top.value,
+                   "top_eigenvalue_error": top.standard_error, "surviving": op.size,
+                   "trace_per_weight": trace.value / op.size, "diagonal_negative": negative,
+                   "diagonal_error": float(torch.sqrt((diagonal.standard_errors.double() ** 2).mean())),
+                   "products": trace.products + top.products})

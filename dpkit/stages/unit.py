@@ -1,0 +1,114 @@
+"""A unit: one artifact to be, known by its key before anything is computed."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dpkit.data import Dataset, DataSpec, load
+from dpkit.store import Artifact, Store, key_for
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A stage, its specification and its parents. label: for people; cost: expected work, in training images.
+
+    data: where the images come from. It is not part of the key; their identity, in ``spec``, is.
+    """
+
+    stage: str
+    spec: Mapping[str, Any]
+    parents: Mapping[str, Unit] = field(default_factory=dict)
+    label: str = ""
+    cost: float = 1.0
+    data: DataSpec | None = None
+
+    @property
+    def version(self) -> int:
+        """Version of the stage's mathematics; raising it makes old artifacts stale."""
+        return STAGES[self.stage].version
+
+    @cached_property
+    def key(self) -> str:
+        """Key of the artifact."""
+        return key_for(self.stage, self.version, self.spec, {role: p.key for role, p in self.parents.items()})
+
+
+def closure(units: Iterable[Unit]) -> dict[str, Unit]:
+    """The units and all their ancestors by key, parents before children."""
+    found: dict[str, Unit] = {}
+
+    def visit(unit: Unit) -> None:
+        if unit.key not in found:
+            for parent in unit.parents.values():
+                visit(parent)
+            found[unit.key] = unit
+
+    for unit in units:
+        visit(unit)
+    return found
+
+
+@dataclass
+class Output:
+    """What a stage gives back: tensors by name, plain numbers, and why there is no result, if there is none."""
+
+    tensors: dict[str, Tensor]
+    result: dict[str, Any]
+    failed: str | None = None
+
+
+@dataclass
+class Context:
+    """What a stage may use besides its unit and its parents."""
+
+    store: Store
+    device: str = "cpu"
+    data_root: Path = Path("data")
+    progress: Callable[[str, int, int], None] | None = None
+
+    def dataset(self, spec: DataSpec) -> Dataset:
+        """The data set, loaded once in a process."""
+        key = (spec, str(self.data_root))
+        if key not in _LOADED:
+            _LOADED.clear()  # one at a time: real sets are large
+            _LOADED[key] = load(spec, self.data_root)
+        return _LOADED[key]
+
+    def step(self, unit: Unit) -> Callable[[int, int], None] | None:
+        """A progress callback for one unit."""
+        if self.progress is None:
+            return None
+        return lambda done, total: self.progress(unit.key, done, total)
+
+
+_LOADED: dict[tuple[DataSpec, str], Dataset] = {}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """function: (context, unit, parents' artifacts) -> Output. version: see :attr:`Unit.version`.
+
+    many: the same for several units at once, where that is faster; group: units with equal groups may go together.
+    """
+
+    name: str
+    version: int
+    function: Callable[[Context, Unit, Mapping[str, Artifact]], Output]
+    many: Callable[[Context, list[Unit], list[Mapping[str, Artifact]]], list[Output]] | None = None
+    group: Callable[[Unit], str] | None = None
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def stage(name: str, version: int, **options: Any):
+    """Register a function as the stage ``name``."""
+    def register(function):
+        STAGES[name] = Stage(name, version, function, **options)
+        return function
+    return register
