@@ -76,7 +76,8 @@ def test_conda_environment_names_the_same_pins():
 
 def test_core_dependencies_are_what_computing_needs():
     core = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    assert core == set("torch torchvision numpy pandas pyyaml safetensors tqdm rich typer".split())
+    assert core == {"torch", "torchvision", "numpy", "pandas", "pyyaml", "safetensors", "tqdm", "rich",
+                    "typer"}
 
 
 def test_one_version_everywhere():
@@ -94,7 +95,8 @@ def test_package_data_exist():
         assert list(ROOT.glob(pattern)), f"{pattern} is declared as package data but there is none"
 
 
-@pytest.mark.parametrize("target", "help book test test-slow lint bench lab setup clean distclean".split())
+@pytest.mark.parametrize("target", ["help", "book", "test", "test-slow", "lint", "bench", "lab", "setup",
+                                    "clean", "distclean"])
 def test_make_target_exists_and_is_explained(target):
     dry = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert dry.returncode == 0, dry.stderr

@@ -1,4 +1,5 @@
 """Specifications: lossless coercion, one canonical form, command-line words, and errors of one line."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -30,14 +31,17 @@ class Example(Spec):
         self.between("rate", 0, 10, open_low=True)
 
 
-@pytest.mark.parametrize("one, other", [
-    ({"rate": 1}, {"rate": 1.0}),
-    ({"count": 2}, {"count": 2.0}),
-    ({"shares": [1, 0]}, {"shares": (1.0, 0.0)}),
-    ({"limit": 4.0}, {"limit": 4}),
-    ({"inner": {"amount": 1}}, {"inner": Inner(amount=1.0)}),
-    ({}, {"rate": 0.1, "limit": None}),
-])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ({"rate": 1}, {"rate": 1.0}),
+        ({"count": 2}, {"count": 2.0}),
+        ({"shares": [1, 0]}, {"shares": (1.0, 0.0)}),
+        ({"limit": 4.0}, {"limit": 4}),
+        ({"inner": {"amount": 1}}, {"inner": Inner(amount=1.0)}),
+        ({}, {"rate": 0.1, "limit": None}),
+    ],
+)
 def test_equal_values_have_one_canonical_form(one, other):
     assert Example(**one) == Example(**other)
     assert canonical_json(Example(**one).to_dict()) == canonical_json(Example(**other).to_dict())
@@ -45,13 +49,21 @@ def test_equal_values_have_one_canonical_form(one, other):
 
 def test_canonical_form_holds_every_field_and_its_declared_type():
     found = Example(rate=2, shares=[1]).to_dict()
-    assert found == {"rate": 2.0, "count": 3, "name": "a", "flag": False, "shares": [1.0], "limit": None,
-                     "inner": {"amount": 0.5}}
+    assert found == {
+        "rate": 2.0,
+        "count": 3,
+        "name": "a",
+        "flag": False,
+        "shares": [1.0],
+        "limit": None,
+        "inner": {"amount": 0.5},
+    }
     assert type(found["rate"]) is float
     assert type(found["count"]) is int
     assert type(found["shares"][0]) is float
-    assert canonical_json(found) == ('{"count":3,"flag":false,"inner":{"amount":0.5},"limit":null,"name":"a",'
-                                     '"rate":2.0,"shares":[1.0]}')
+    assert canonical_json(found) == (
+        '{"count":3,"flag":false,"inner":{"amount":0.5},"limit":null,"name":"a","rate":2.0,"shares":[1.0]}'
+    )
 
 
 def test_a_dictionary_gives_the_spec_back():
@@ -60,32 +72,45 @@ def test_a_dictionary_gives_the_spec_back():
 
 
 def test_different_values_have_different_forms():
-    forms = {canonical_json(Example(**change).to_dict()) for change in
-             ({}, {"rate": 0.2}, {"count": 4}, {"name": "b"}, {"flag": True}, {"shares": []}, {"limit": 0},
-              {"inner": {"amount": 0.25}})}
+    forms = {
+        canonical_json(Example(**change).to_dict())
+        for change in (
+            {},
+            {"rate": 0.2},
+            {"count": 4},
+            {"name": "b"},
+            {"flag": True},
+            {"shares": []},
+            {"limit": 0},
+            {"inner": {"amount": 0.25}},
+        )
+    }
     assert len(forms) == 8
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"rate": "0.1"}, r"^rate must be a number, got '0\.1' \(str\)$"),
-    ({"rate": True}, r"^rate must be a number, got True \(bool\)$"),
-    ({"rate": None}, r"^rate must be a number, got None"),
-    ({"rate": math.inf}, r"^rate must be a finite number, got inf"),
-    ({"rate": math.nan}, r"^rate must be a finite number, got nan"),
-    ({"count": 2.5}, r"^count must be a whole number, got 2\.5 \(float\)$"),
-    ({"count": True}, r"^count must be a whole number, got True"),
-    ({"count": math.inf}, r"^count must be a whole number, got inf"),
-    ({"name": 3}, r"^name must be text, got 3 \(int\)$"),
-    ({"flag": 1}, r"^flag must be true or false, got 1 \(int\)$"),
-    ({"shares": 0.5}, r"^shares must be a list of a number, got 0\.5"),
-    ({"shares": ["x"]}, r"^shares must be a number, got 'x'"),
-    ({"limit": "many"}, r"^limit must be a whole number, got 'many'"),
-    ({"inner": 3}, r"^inner must be Inner, got 3"),
-    ({"count": 0}, r"^count must be >= 1, got 0$"),
-    ({"name": "c"}, r"^name must be one of a, b; got 'c'$"),
-    ({"rate": 0}, r"^rate must lie in \(0, 10\], got 0$"),
-    ({"rate": 11}, r"^rate must lie in \(0, 10\], got 11$"),
-])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ({"rate": "0.1"}, r"^rate must be a number, got '0\.1' \(str\)$"),
+        ({"rate": True}, r"^rate must be a number, got True \(bool\)$"),
+        ({"rate": None}, r"^rate must be a number, got None"),
+        ({"rate": math.inf}, r"^rate must be a finite number, got inf"),
+        ({"rate": math.nan}, r"^rate must be a finite number, got nan"),
+        ({"count": 2.5}, r"^count must be a whole number, got 2\.5 \(float\)$"),
+        ({"count": True}, r"^count must be a whole number, got True"),
+        ({"count": math.inf}, r"^count must be a whole number, got inf"),
+        ({"name": 3}, r"^name must be text, got 3 \(int\)$"),
+        ({"flag": 1}, r"^flag must be true or false, got 1 \(int\)$"),
+        ({"shares": 0.5}, r"^shares must be a list of a number, got 0\.5"),
+        ({"shares": ["x"]}, r"^shares must be a number, got 'x'"),
+        ({"limit": "many"}, r"^limit must be a whole number, got 'many'"),
+        ({"inner": 3}, r"^inner must be Inner, got 3"),
+        ({"count": 0}, r"^count must be >= 1, got 0$"),
+        ({"name": "c"}, r"^name must be one of a, b; got 'c'$"),
+        ({"rate": 0}, r"^rate must lie in \(0, 10\], got 0$"),
+        ({"rate": 11}, r"^rate must lie in \(0, 10\], got 11$"),
+    ],
+)
 def test_a_wrong_value_is_refused_in_one_line(change, line):
     with pytest.raises(ValueError, match=line) as caught:
         Example(**change)
@@ -101,29 +126,49 @@ def test_a_replacement_is_validated_and_the_original_is_frozen():
         spec.count = 4
 
 
-@pytest.mark.parametrize("text, kind, value", [
-    ("1e-3", float, 0.001), ("1", float, 1.0), ("-2", int, -2), ("1e3", int, 1000), ("3.0", int, 3),
-    ("yes", bool, True), ("False", bool, False), ("0", bool, False), ("word", str, "word"), ("1", str, "1"),
-    ("a, b", tuple[str, ...], ("a", "b")), ("[2,5]", tuple[int, ...], (2, 5)), ("4", tuple[int, ...], (4,)),
-    ("", tuple[str, ...], ()), ("none", int | None, None), ("7", int | None, 7),
-    (5, float, 5.0), ([1, 2], tuple[int, ...], (1, 2)), (True, bool, True),
-])
+@pytest.mark.parametrize(
+    "text, kind, value",
+    [
+        ("1e-3", float, 0.001),
+        ("1", float, 1.0),
+        ("-2", int, -2),
+        ("1e3", int, 1000),
+        ("3.0", int, 3),
+        ("yes", bool, True),
+        ("False", bool, False),
+        ("0", bool, False),
+        ("word", str, "word"),
+        ("1", str, "1"),
+        ("a, b", tuple[str, ...], ("a", "b")),
+        ("[2,5]", tuple[int, ...], (2, 5)),
+        ("4", tuple[int, ...], (4,)),
+        ("", tuple[str, ...], ()),
+        ("none", int | None, None),
+        ("7", int | None, 7),
+        (5, float, 5.0),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        (True, bool, True),
+    ],
+)
 def test_words_are_read_as_the_declared_type(text, kind, value):
     found = parse("x", text, kind)
     assert found == value
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("text, kind, line", [
-    ("many", int, "x must be a whole number, got 'many'"),
-    ("2.5", int, "x must be a whole number, got '2.5'"),
-    ("²", int, "x must be a whole number, got '²'"),
-    ("a", float, "x must be a number, got 'a'"),
-    ("nan", float, "x must be a number, got 'nan'"),
-    ("maybe", bool, "x must be true or false, got 'maybe' (str)"),
-    ("1,b", tuple[int, ...], "x must be a whole number, got 'b'"),
-    (2.5, int, "x must be a whole number, got 2.5 (float)"),
-])
+@pytest.mark.parametrize(
+    "text, kind, line",
+    [
+        ("many", int, "x must be a whole number, got 'many'"),
+        ("2.5", int, "x must be a whole number, got '2.5'"),
+        ("²", int, "x must be a whole number, got '²'"),
+        ("a", float, "x must be a number, got 'a'"),
+        ("nan", float, "x must be a number, got 'nan'"),
+        ("maybe", bool, "x must be true or false, got 'maybe' (str)"),
+        ("1,b", tuple[int, ...], "x must be a whole number, got 'b'"),
+        (2.5, int, "x must be a whole number, got 2.5 (float)"),
+    ],
+)
 def test_a_wrong_word_is_refused_in_one_line(text, kind, line):
     with pytest.raises(ValueError) as caught:
         parse("x", text, kind)

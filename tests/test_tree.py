@@ -1,22 +1,30 @@
 """Flat dictionaries of tensors, populations of them, and seeds that are equal everywhere."""
+
 from __future__ import annotations
 
 import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import dpkit
 from dpkit import tree
+
+ROOT = Path(dpkit.__file__).parents[1]
 
 
 @pytest.fixture
 def one():
     source = torch.Generator().manual_seed(1)
-    return {"b": torch.randn(2, 3, generator=source), "a": torch.randn(4, generator=source),
-            "c": torch.randn(1, 2, 2, generator=source)}
+    return {
+        "b": torch.randn(2, 3, generator=source),
+        "a": torch.randn(4, generator=source),
+        "c": torch.randn(1, 2, 2, generator=source),
+    }
 
 
 @pytest.fixture
@@ -90,7 +98,7 @@ def test_a_detached_copy_shares_nothing(one):
 
 
 def test_casting_leaves_whole_numbers_alone():
-    before = {"w": torch.ones(2), "mask": torch.ones(2, dtype=torch.bool), "n": torch.ones(1, dtype=torch.int64)}
+    before = {"w": torch.ones(2), "mask": torch.ones(2, dtype=torch.bool), "n": torch.ones(1).long()}
     cast = tree.to(before, dtype=torch.float64)
     assert [t.dtype for t in cast.values()] == [torch.float64, torch.bool, torch.int64]
 
@@ -102,12 +110,20 @@ def test_finite(one):
 
 
 def test_seeds_are_equal_in_two_processes():
-    program = ("from dpkit import tree; import torch; print(tree.seed_for(3, 'init', 0), "
-               "torch.rand(1, generator=tree.generator_for('shapes', 'train', 7)).item())")
-    path, outputs = os.pathsep.join(p for p in sys.path if p), set()
+    program = (
+        "from dpkit import tree; import torch; print(tree.seed_for(3, 'init', 0), "
+        "torch.rand(1, generator=tree.generator_for('shapes', 'train', 7)).item())"
+    )
+    outputs = set()
     for salt in ("0", "12345"):
-        found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                               env=os.environ | {"PYTHONHASHSEED": salt, "PYTHONPATH": path})
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": salt},
+        )
         outputs.add(found.stdout.strip())
     here = torch.rand(1, generator=tree.generator_for("shapes", "train", 7)).item()
     assert outputs == {f"{tree.seed_for(3, 'init', 0)} {here}"}
@@ -121,8 +137,12 @@ def test_seeds_stay_as_recorded():
 
 def test_seeds_are_distinct_and_fit_in_63_bits():
     rests = [(), *itertools.product(range(12)), *itertools.product(range(3), range(12))]
-    paths = [(run, purpose, *rest) for run in (0, 1, "0") for purpose in ("init", "order", "augment")
-             for rest in rests]
+    paths = [
+        (run, purpose, *rest)
+        for run in (0, 1, "0")
+        for purpose in ("init", "order", "augment")
+        for rest in rests
+    ]
     seeds = [tree.seed_for(*path) for path in paths]
     assert len(set(seeds)) == len(paths)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -116,13 +116,24 @@ class VerdictsDirective(SphinxDirective):
         return nodes.entry("", nodes.paragraph("", "", badge))
 
     def measured(self, row: dict[str, Any]) -> nodes.entry:
-        """The deciding number, its name, and the threshold that was fixed before the run."""
-        entry = nodes.entry("", nodes.paragraph("", form.verdict_number(row), classes=["dp-value"]))
-        if row.get("measure"):
-            entry += nodes.paragraph("", "", nodes.literal("", str(row["measure"])), classes=["dp-note"])
-        threshold = form.verdict_threshold(row)
-        if threshold:
-            entry += nodes.paragraph("", f"threshold {threshold}", classes=["dp-note"])
+        """For each test the number, its name, and what it had to be, fixed before the run."""
+        tests = form.verdict_tests(row)
+        entry = nodes.entry("")
+        for test in tests:
+            text = form.verdict_number(test).replace("(n = ", "(n\u00a0=\u00a0")
+            value = nodes.paragraph("", text, classes=["dp-value"])
+            if len(tests) > 1 and test.get("verdict"):
+                kind = test["verdict"].replace(" ", "-")
+                value.insert(0, nodes.abbreviation("", "\u25cf", explanation=test["verdict"],
+                                                   classes=["dp-mark", f"dp-mark-{kind}"]))
+                value.insert(1, nodes.Text(" "))
+            entry += value
+            threshold = form.verdict_threshold(test)
+            if threshold:
+                entry += nodes.paragraph("", f"claimed: {threshold}", classes=["dp-note"])
+            entry += nodes.paragraph("", "", nodes.literal("", str(test["measure"])), classes=["dp-note"])
+        if not tests:
+            entry += nodes.paragraph("", "not measured", classes=["dp-note"])
         return entry
 
     def chapter(self, row: dict[str, Any], profile: str) -> nodes.entry:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,11 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()
 
 
+def _line(error: Exception) -> str:
+    """The first line of an error's message, or its name when it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _first(split: Split, limit: int, part: str) -> Split:
     if limit > len(split):
         raise ValueError(f"{part} must be at most {len(split)}, the images that there are; got {limit}")
@@ -115,17 +121,22 @@ def _npz(path: Path) -> tuple[Split, Split, tuple[str, ...]]:
     if not path.is_file():
         raise DataUnavailable(f"npz file {path} does not exist; give a path to a file with {', '.join(_NPZ_FIELDS)}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("it holds a single array")
+        with archive:
             missing = [name for name in _NPZ_FIELDS if name not in archive.files]
             if missing:
-                raise ValueError(f"npz file {path} lacks {', '.join(missing)}; it must hold {', '.join(_NPZ_FIELDS)}")
+                raise ValueError(f"it lacks {', '.join(missing)}")
             arrays = {name: archive[name] for name in _NPZ_FIELDS}
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"npz file {path} cannot be read ({error}); it may be cut off, make it again") from None
+        foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if foreign:
+            raise ValueError(f"its {foreign[0]} is no array")
     except ValueError as error:
-        if "lacks" in str(error):
-            raise
-        raise ValueError(f"npz file {path} cannot be read ({error}); it must hold plain arrays") from None
+        raise ValueError(f"npz file {path} cannot be used ({_line(error)}); it must hold plain arrays "
+                         f"{', '.join(_NPZ_FIELDS)}") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"npz file {path} cannot be read ({_line(error)}); it may be cut off, make it again") from None
     parts = [_checked(arrays[f"{part}_images"], arrays[f"{part}_labels"], f"{path} {part}") for part in ("train", "test")]
     if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
         raise ValueError(f"npz file {path}: train images are {tuple(parts[0].images.shape[1:])}, test images "
@@ -208,9 +219,12 @@ def _from_torchvision(name: str, root: Path, side: int) -> tuple[Split, Split, t
                 dataset = build(str(root), download=False, **options)
             except RuntimeError:  # not there, or damaged: fetch it
                 dataset = build(str(root), download=True, **options)
+        except ModuleNotFoundError as error:  # torchvision reads SVHN with scipy
+            package = str(error.name).split(".")[0]
+            raise DataUnavailable(f"{name} needs the package {package}; `pip install {package}`, or use npz:PATH or shapes"
+                                  ) from None
         except (RuntimeError, OSError) as error:  # URLError is an OSError
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataUnavailable(f"{name} is not under {root} and could not be downloaded ({reason}); "
+            raise DataUnavailable(f"{name} is not under {root} and could not be downloaded ({_line(error)}); "
                                   f"put it there on a machine with a network, or use npz:PATH or shapes") from None
         if name == "imagenette":
             parts.append(_resized(dataset._samples, side))

@@ -4,11 +4,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from dpkit.statistics import student_quantile
 
 BLOCK = 8
 """Probes multiplied together; an operator that works chunk by chunk then builds its graphs once in eight."""
@@ -67,31 +68,6 @@ class Estimate:
         factor = 1.0 if self.samples is None else student_quantile(level, self.samples - 1)
         half = factor * self.standard_error
         return self.value - half, self.value + half
-
-
-def student_quantile(level: float, freedom: int) -> float:
-    """Half-width in standard errors of the central Student interval that holds ``level`` of the mass.
-
-    One and two degrees of ``freedom`` by their closed forms; from three on the expansion in powers of
-    1/freedom about the normal quantile (Abramowitz and Stegun 1964, 26.7.5), which at the 95% level is within
-    0.2% of the true value. Raises ``ValueError`` unless level lies in (0, 1) and freedom is at least 1.
-    """
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level must lie in (0, 1), got {level}")
-    if freedom < 1:
-        raise ValueError(f"an interval needs at least 2 probes, got {freedom + 1}; raise probes")
-    if freedom == 1:
-        return math.tan(math.pi * level / 2)
-    if freedom == 2:
-        return level * math.sqrt(2 / (1 - level**2))
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def rademacher(op: LinearOperator, generator: torch.Generator) -> Tensor:

@@ -38,7 +38,7 @@ def density(mask: Mask) -> dict[str, float]:
 def check_fraction(fraction: float) -> None:
     """Raise ``ValueError`` unless ``fraction`` lies in (0, 1)."""
     if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie in (0, 1), got {fraction:g}")
+        raise ValueError(f"fraction must lie in (0, 1), got {fraction}")
 
 
 def survivors(total: int, fraction: float, rounds: int) -> tuple[int, ...]:

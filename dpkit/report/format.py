@@ -1,12 +1,12 @@
 """How a number is written: percent, points, significant digits, intervals, verdicts. Text in, text out.
 
 One place decides the form, so that the book, the notebooks and the command line print a number alike. Nothing
-here reads a file, and nothing here (or above it) needs torch: the book's Sphinx extension imports this module
-alone.
+here reads a file, and nothing here needs more than the standard library.
 
 A number is a record ``{"name", "value", "n", "low", "high", "key"}``. Its name is ``chapter.arm.measure``
-with ``@sparsity`` in percent where there is one; the measure decides the form (:func:`kind_of`). Accuracies,
-errors and barriers are fractions in [0, 1] and are written in percent or in percentage points.
+with ``@sparsity`` in percent where there is one; the measure decides the form (:func:`kind_of`), and so does
+an arm ``A_minus_B`` or ``A_over_B``. Accuracies, errors and barriers are fractions in [0, 1] and are written
+in percent or in percentage points.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS = ("value", "interval", "n")
 # The first kind whose words meet the measure's words wins: a difference of accuracies is written in points.
 _WORDS = (
     ("points", {"barrier", "difference", "gap", "rise", "drop", "excess"}),
-    ("percent", {"accuracy", "error", "sparsity", "fraction", "share", "overlap", "chance"}),
+    ("percent", {"accuracy", "error", "sparsity", "fraction", "share", "overlap", "stable"}),
     ("seconds", {"seconds", "duration"}),
     ("factor", {"speedup", "factor", "ratio"}),
     ("count", {"count", "images", "points", "products", "parameters", "weights", "steps", "epochs"}),
@@ -37,12 +37,18 @@ def kind_of(name: str) -> str:
 
     >>> [kind_of(name) for name in ("distill.idc.accuracy", "tickets.imp.barrier@67", "hessian.imp.trace")]
     ['percent', 'points', 'number']
+    >>> kind_of("distill.idc_minus_herding.accuracy"), kind_of("hessian.distilled_over_imp.trace@89")
+    ('points', 'factor')
     """
-    measure = name.split("@")[0].rsplit(".", 1)[-1]
-    words = set(measure.lower().replace("-", "_").split("_"))
-    if measure in ("loss_barrier", "loss"):
+    *places, measure = name.split("@")[0].split(".")
+    arm = places[-1] if places else ""
+    words = set(measure.lower().split("_"))
+    if "_over_" in arm:
+        return "factor"
+    if "loss" in words:
         return "number"
-    return next((kind for kind, known in _WORDS if words & known), "number")
+    kind = next((kind for kind, known in _WORDS if words & known), "number")
+    return "points" if kind == "percent" and "_minus_" in arm else kind
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -204,8 +210,20 @@ def verdict_number(row: Mapping[str, Any]) -> str:
 
 
 def verdict_threshold(row: Mapping[str, Any]) -> str:
-    """The threshold of a claim in the unit of its number; text passes through, nothing stays nothing."""
-    threshold = row.get("threshold")
-    if threshold is None or isinstance(threshold, str):
-        return threshold or ""
-    return value_text(threshold, row.get("kind") or kind_of(str(row.get("measure") or "")))
+    """What the number had to be, in its unit: ``at least``, ``at most`` or the bare threshold; or nothing.
+
+    >>> verdict_threshold({"measure": "connectivity.distilled.barrier@67", "at_most": 0.02})
+    'at most 2.0 points'
+    """
+    kind = row.get("kind") or kind_of(str(row.get("measure") or ""))
+    for side in ("at_least", "at_most"):
+        if row.get(side) is not None:
+            return f"{side.replace('_', ' ')} {value_text(row[side], kind)}"
+    if row.get("threshold") is None:
+        return ""
+    return f"{str(row.get('side') or '').replace('_', ' ')} {value_text(row['threshold'], kind)}".strip()
+
+
+def verdict_tests(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The tests behind a verdict: those it lists, else the one that it is, else none."""
+    return list(row.get("tests") or ([row] if row.get("measure") else []))

@@ -26,7 +26,9 @@ def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], drop: Ite
             continue
         artifact = store.get(key)
         result = {k: v for k, v in artifact.meta["result"].items() if k not in drop and not isinstance(v, (dict, list))}
-        records.append({**place, **result, "seconds": artifact.meta["seconds"], "failed": artifact.failed, "key": key})
+        # processor seconds do not grow when the machine is busy with other things; a GPU's time is wall time
+        spent = artifact.meta["cpu_seconds"] if artifact.meta.get("device") == "cpu" else artifact.meta["seconds"]
+        records.append({**place, **result, "seconds": spent, "failed": artifact.failed, "key": key})
     return pd.DataFrame.from_records(records)
 
 

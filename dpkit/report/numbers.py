@@ -32,9 +32,13 @@ class Number:
     high: float | None
     key: str
 
+    def record(self) -> dict[str, Any]:
+        """The plain fields."""
+        return asdict(self)
+
     def json(self) -> str:
         """One JSON line."""
-        return json.dumps(asdict(self))
+        return json.dumps(self.record())
 
 
 def number(store: Store, name: str, values: Mapping[int, float], keys: Sequence[str], kind: str = "mean") -> Number:

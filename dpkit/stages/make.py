@@ -55,12 +55,16 @@ def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> O
     else:
         saved = context.store.load_partial(unit.key)
         resume = (saved["images"], saved["history"].tolist()) if saved else None
+        if saved:
+            context.start_clock(float(saved["cpu_seconds"]))
         last = time.monotonic()
 
         def checkpoint(images: Tensor, values: list[float]) -> None:
             nonlocal last
             if time.monotonic() - last > CHECKPOINT_SECONDS:
-                context.store.save_partial(unit.key, {"images": images, "history": torch.tensor(values, dtype=torch.float64)})
+                context.store.save_partial(unit.key, {
+                    "images": images, "history": torch.tensor(values, dtype=torch.float64),
+                    "cpu_seconds": torch.tensor(context.cpu_seconds())})
                 last = time.monotonic()
 
         try:
@@ -100,7 +104,10 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
         kept.append(ticket.group("mask") if ticket else prune.full(model, starts[-1][0]))
     checkpoint, resume = None, None
     if len(units) == 1:
-        resume = _read_state(context.store.load_partial(units[0].key))
+        saved = context.store.load_partial(units[0].key)
+        resume = _read_state(saved)
+        if saved:
+            context.start_clock(float(saved["cpu_seconds"]))
         checkpoint = _checkpointing(context, units[0])
     fit = training.fit(train, model, split, dataset.mean, dataset.std, tree.stack([s[0] for s in starts]),
                        tree.stack([s[1] for s in starts]), [unit.spec["noise_seed"] for unit in units],
@@ -147,7 +154,8 @@ def _checkpointing(context: Context, unit: Unit):
         if time.monotonic() - last < CHECKPOINT_SECONDS:
             return
         tensors = named(params=state.params, buffers=state.buffers, momentum=state.momentum)
-        tensors |= {"losses": state.losses, "step": torch.tensor(state.step)}
+        tensors |= {"losses": state.losses, "step": torch.tensor(state.step),
+                    "cpu_seconds": torch.tensor(context.cpu_seconds())}
         for step, (params, buffers) in state.snapshots.items():
             tensors |= {f"snapshot/{step}/{name}": t for name, t in named(params=params, buffers=buffers).items()}
         context.store.save_partial(unit.key, tensors)

@@ -81,6 +81,7 @@ def make(context: Context, units: list[Unit]) -> dict[str, str | None]:
     """Compute units of one stage together and store each; returns why each has no result, or None. Parents must exist."""
     store, found = context.store, STAGES[units[0].stage]
     started = time.monotonic()
+    context.start_clock()
     families = [{role: store.get(p.key) for role, p in unit.parents.items()} for unit in units]
     outputs: list[Output | None] = []
     for family in families:
@@ -95,11 +96,12 @@ def make(context: Context, units: list[Unit]) -> dict[str, str | None]:
     for i, output in zip(todo, fresh, strict=True):
         outputs[i] = output
     seconds = (time.monotonic() - started) / max(1, len(todo))
+    cpu_seconds = context.cpu_seconds() / max(1, len(todo))
     for unit, output in zip(units, outputs, strict=True):
         store.put(unit.key, stage=unit.stage, version=unit.version, spec=unit.spec, tensors=output.tensors,
                   parents={role: p.key for role, p in unit.parents.items()}, result=output.result, seconds=seconds,
                   label=unit.label, failed=output.failed,
-                  extra={"device": context.device, "data": unit.data.to_dict() if unit.data else None})
+                  extra={"device": context.device, "cpu_seconds": round(cpu_seconds, 3), "data": unit.data.to_dict() if unit.data else None})
     return {unit.key: output.failed for unit, output in zip(units, outputs, strict=True)}
 
 

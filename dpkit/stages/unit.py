@@ -1,6 +1,7 @@
 """A unit: one artifact to be, known by its key before anything is computed."""
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,6 +71,16 @@ class Context:
     device: str = "cpu"
     data_root: Path = Path("data")
     progress: Callable[[str, int, int], None] | None = None
+    cpu_before: float = 0.0
+    cpu_started: float = 0.0
+
+    def start_clock(self, before: float = 0.0) -> None:
+        """Begin to count processor seconds; ``before`` were spent by an earlier process that was stopped."""
+        self.cpu_before, self.cpu_started = before, time.process_time()
+
+    def cpu_seconds(self) -> float:
+        """Processor seconds spent since the start: unlike wall time, the same on a busy machine."""
+        return self.cpu_before + time.process_time() - self.cpu_started
 
     def dataset(self, spec: DataSpec) -> Dataset:
         """The data set, loaded once in a process."""

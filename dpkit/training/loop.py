@@ -106,7 +106,7 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     state = resume or State(tree.detach(params), tree.detach(buffers), {n: torch.zeros_like(t) for n, t in params.items()},
                             first_step, torch.empty(count, 0))
     weights = _flat(state.params, count).to(device)
-    velocity = _flat(state.momentum, count).to(device)
+    velocity = _flat({name: state.momentum[name] for name in state.params}, count).to(device)
     buffers_now = tree.to(state.buffers, device)
     keep = _flat_mask(masks, state.params, count, device)
     if keep is not None:

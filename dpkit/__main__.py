@@ -1,0 +1,4 @@
+"""``python -m dpkit``."""
+from dpkit.cli import main
+
+main()

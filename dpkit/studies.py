@@ -1,0 +1,150 @@
+"""Running a whole study: requests for each notebook, the workflow that executes them, and the record of what was run."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpkit import __version__, data, notebooks, project, stages
+from dpkit.store import machine
+
+SNAKEFILE = Path(__file__).parent / "workflow" / "Snakefile"
+
+
+def library_digest() -> str:
+    """SHA-256 of the library's own source and profiles: a chapter is executed again when it changes."""
+    text = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".yml") or path.name == "Snakefile":
+            text.update(path.relative_to(Path(__file__).parent).as_posix().encode() + path.read_bytes())
+    return text.hexdigest()
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    """Leave the file's time alone when nothing changed: the workflow goes by times."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def run(profile: str, settings: Mapping[str, Any], *, out: Path | None = None, shares: int = 1, workers: int = 0,
+        device: str = "auto", snakemake: Sequence[str] = ()) -> Path:
+    """Run every notebook of a profile through the workflow; returns the folder of the executed notebooks.
+
+    Raises ``ValueError`` on a bad setting before anything is written, and ``notebooks.Failed`` with one line when a
+    notebook fails. What is finished stays; the next call continues.
+    """
+    study = stages.load_study(profile, settings)
+    data.load(study.data, project.data_folder())  # a missing file is better found now than in the first notebook
+    out = (out or project.run_folder(profile)).resolve()
+    # one working folder for each combination of settings, so that two studies never mix their stamps
+    name = hashlib.sha256(json.dumps([study.to_dict(), str(out)]).encode()).hexdigest()[:12]
+    work = project.root() / "results" / "runs" / f"{project.profile_name(profile)}-{name}"
+    store = project.store_folder().resolve()
+    claims = project.root() / "book" / "claims.yml"
+    for stem, path in notebooks.sources().items():
+        request = {"parameters": {"profile": str(profile), "overrides": dict(settings), "store": str(store), "out": str(out),
+                                  "workers": workers, "device": device},
+                   "notebook": notebooks.digest(path), "library": library_digest(),
+                   "claims": hashlib.sha256(claims.read_bytes()).hexdigest()}
+        _write_if_changed(work / f"{stem}.request.json", json.dumps(request, indent=1, sort_keys=True))
+        if not (out / f"{stem}.ipynb").is_file():
+            (work / f"{stem}.done").unlink(missing_ok=True)
+    request = {"notebooks": list(notebooks.sources()), "out": str(out), "work": str(work), "shares": shares}
+    _write_if_changed(work / "study.json", json.dumps(request))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(work), "--cores", "1",
+               "--rerun-triggers", "mtime", "--rerun-incomplete", "--nolock", "--quiet", "all", "--config",
+               f"request={work / 'study.json'}", *snakemake]
+    code, errors = _watched(command, work)
+    if code:
+        raise notebooks.Failed(errors or f"the workflow ended with status {code}; its log is under {work / '.snakemake'}")
+    _write_if_changed(out / "provenance.json", json.dumps(provenance(profile, study, out), indent=1, sort_keys=True))
+    return out
+
+
+def _watched(command: list[str], work: Path) -> tuple[int, str]:
+    """Run the workflow, show its notebooks' progress, and return its status and the last line that a job complained with."""
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "progress.json"
+        environment = os.environ | {"DPKIT_PROGRESS": str(progress), "PYTHONWARNINGS": "ignore"}
+        process = subprocess.Popen(command, cwd=project.root(), env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        stop = threading.Event()
+        shower = threading.Thread(target=_show, args=(progress, work, stop), daemon=True)
+        shower.start()
+        lines = []
+        try:
+            for text in process.stdout:
+                lines.append(text.rstrip())
+            code = process.wait()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            stop.set()
+            shower.join(timeout=2)
+    complaints = [text.removeprefix("dpkit: ") for text in lines if text.startswith("dpkit: ")]
+    if code and not complaints:
+        complaints = [text for text in lines if re.search(r"error|exception", text, re.IGNORECASE)]
+    return code, complaints[0] if complaints else ""
+
+
+def _show(progress: Path, work: Path, stop: threading.Event) -> None:
+    """Repeat the progress line on standard error whenever it changes, at most once a second (ten where nobody watches)."""
+    last = ""
+    terminal = sys.stderr.isatty()
+    while not stop.wait(1.0 if terminal else 10.0):
+        try:
+            text = json.loads(progress.read_text(encoding="utf-8"))["line"]
+        except (OSError, ValueError):
+            continue
+        if text != last:
+            done = len(list(work.glob("[0-9]*.done")))
+            prefix = f"notebook {min(done + 1, len(notebooks.sources()))} of {len(notebooks.sources())}, "
+            print(f"\r\x1b[2K{prefix}{text}"[:160] if terminal else f"{prefix}{text}", end="" if terminal else "\n",
+                  file=sys.stderr, flush=True)
+            last = text
+    if terminal and last:
+        print(file=sys.stderr)
+
+
+def provenance(profile: str, study: stages.Study, out: Path) -> dict[str, Any]:
+    """What a folder of executed notebooks was made with, so that it can be told when it has gone stale."""
+    return {"profile": project.profile_name(profile), "settings": study.to_dict(), "dpkit": __version__,
+            "notebooks": {stem: notebooks.digest(path) for stem, path in notebooks.sources().items()},
+            "stages": {name: found.version for name, found in sorted(stages.STAGES.items())},
+            "machine": {k: v for k, v in machine().items() if k != "commit"}}
+
+
+def stale(folder: Path) -> list[str]:
+    """Why the recorded results in ``folder`` no longer follow from the sources; empty when they still do."""
+    record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    reasons = []
+    for stem, path in notebooks.sources().items():
+        if record["notebooks"].get(stem) != notebooks.digest(path):
+            reasons.append(f"notebook {stem} has changed since")
+        if not (folder / f"{stem}.ipynb").is_file():
+            reasons.append(f"the executed {stem} is missing")
+    now = {name: found.version for name, found in stages.STAGES.items()}
+    reasons += [f"stage {name} is now version {now.get(name)}, recorded with {version}"
+                for name, version in record["stages"].items() if now.get(name) != version]
+    if record["profile"] in stages.profiles():
+        settings = stages.load_study(record["profile"], {"dataset": record["settings"]["dataset"]}).to_dict()
+        reasons += [f"{name} of profile {record['profile']} is now {settings.get(name)!r}, recorded with {value!r}"
+                    for name, value in record["settings"].items() if settings.get(name) != value]
+    return reasons
