@@ -12,7 +12,6 @@ import pandas as pd
 
 from dpkit import data, project, report, stages
 from dpkit.progress import observer
-from dpkit.spec import parse
 from dpkit.stages import Entry, Plan, Study
 from dpkit.store import Store
 

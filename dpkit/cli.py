@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,7 +38,7 @@ app.add_typer(store_app, name="store")
 out = Console(soft_wrap=True, highlight=False)
 
 Profile = Annotated[str, typer.Option("--profile", help="a profile's name (see `dpkit profiles`) or the path of a YAML file")]
-Settings = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="change a parameter; repeatable")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a parameter; repeatable")]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda")]
 Workers = Annotated[int, typer.Option(help="processes on a CPU; 0 is one a core", min=0)]
 
@@ -70,11 +71,11 @@ def open_store():
 
 
 @app.command()
-def study(profile: Profile = "quick", set: Settings = None, out_folder: Annotated[Optional[Path], typer.Option(
+def study(profile: Profile = "quick", set: Settings = None, out_folder: Annotated[Path | None, typer.Option(
         "--out", help="folder for executed notebooks, figures and numbers (default book/runs/PROFILE)")] = None,
         shares: Annotated[int, typer.Option(help="split each chapter into so many jobs, for a cluster", min=1)] = 1,
         workers: Workers = 0, device: Device = "auto",
-        snakemake: Annotated[Optional[list[str]], typer.Argument(help="after --: options for Snakemake")] = None) -> None:
+        snakemake: Annotated[list[str] | None, typer.Argument(help="after --: options for Snakemake")] = None) -> None:
     """Run all notebooks of a profile through the workflow. What exists is not computed again."""
     from dpkit import studies
 
@@ -85,9 +86,9 @@ def study(profile: Profile = "quick", set: Settings = None, out_folder: Annotate
 
 @app.command()
 def run(notebook: Annotated[str, typer.Argument(help="a notebook's name, such as 03-tickets")],
-        parameter: Annotated[Optional[list[str]], typer.Option("-p", metavar="NAME VALUE", hidden=True)] = None,
-        output: Annotated[Optional[Path], typer.Option("--output", "-o", help="where the executed copy goes")] = None,
-        request: Annotated[Optional[Path], typer.Option(hidden=True)] = None,
+        parameter: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", hidden=True)] = None,
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="where the executed copy goes")] = None,
+        request: Annotated[Path | None, typer.Option(hidden=True)] = None,
         share: Annotated[str, typer.Option(help="i/n: make only this part of the work")] = "1/1") -> None:
     """Execute one notebook with other parameters: dpkit run 03-tickets -p width 24 -p rounds 3
 
@@ -107,7 +108,7 @@ def run(notebook: Annotated[str, typer.Argument(help="a notebook's name, such as
 
 
 @app.command()
-def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated[Optional[list[str]], typer.Option(
+def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated[list[str] | None, typer.Option(
         help="only this chapter; repeatable")] = None, share: Annotated[str, typer.Option(help="i/n: only this part")] = "1/1",
         workers: Workers = 0, device: Device = "auto") -> None:
     """Make a profile's artifacts without notebooks, for a bare GPU box. Carry them home with `dpkit store pack`."""
@@ -123,7 +124,6 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
         units += [entry.unit for entry in plan.searches()]
     left = stages.missing(store, units)
     out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {stages.choose_device(device)}")
-    import time
     started = time.monotonic()
     report = stages.compute(store, units, device=device, workers=workers, data_root=project.data_folder(),
                             observe=observer("compute"))
@@ -180,7 +180,7 @@ def verify() -> None:
     from dpkit import project, studies
 
     store = open_store()
-    count = sum(1 for _ in store.keys())
+    count = len(list(store.keys()))
     wrong = list(store.verify())
     for key, complaint in wrong:
         out.print(f"{key[:12]}: {escape(complaint)}")
@@ -271,7 +271,7 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
 
 
 @app.command()
-def book(profile: Profile = "quick", out_folder: Annotated[Optional[Path], typer.Option(
+def book(profile: Profile = "quick", out_folder: Annotated[Path | None, typer.Option(
         "--out", help="where to build (default _build)")] = None) -> None:
     """Build the HTML book from executed notebooks, warnings as errors, and say where it lies."""
     from dpkit import book as builder
@@ -281,7 +281,7 @@ def book(profile: Profile = "quick", out_folder: Annotated[Optional[Path], typer
 
 
 @app.command()
-def profiles(name: Annotated[Optional[str], typer.Argument(help="show all parameters of one profile")] = None) -> None:
+def profiles(name: Annotated[str | None, typer.Argument(help="show all parameters of one profile")] = None) -> None:
     """The profiles, or all parameters of one."""
     from dpkit import stages
 
@@ -312,7 +312,7 @@ def bench(as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = 
 
 
 @store_app.command("pack")
-def store_pack(file: Path, profile: Annotated[Optional[str], typer.Option(help="only what this profile needs")] = None,
+def store_pack(file: Path, profile: Annotated[str | None, typer.Option(help="only what this profile needs")] = None,
                set: Settings = None) -> None:
     """Write artifacts to one tar file."""
     from dpkit import stages

@@ -37,4 +37,5 @@ def run_folder(profile: str) -> Path:
 def recorded_folders() -> list[Path]:
     """Folders of the book that hold recorded results: those with a ``provenance.json``, recorded ones first."""
     book = root() / "book"
-    return sorted(p.parent for p in book.glob("*/provenance.json")) + sorted(p.parent for p in book.glob("runs/*/provenance.json"))
+    found = [sorted(book.glob(pattern)) for pattern in ("*/provenance.json", "runs/*/provenance.json")]
+    return [path.parent for paths in found for path in paths]

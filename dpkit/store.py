@@ -267,7 +267,7 @@ class Store:
             if not (staging / "format.json").is_file():
                 raise ValueError(f"{file} is not a packed store (no format.json in it)")
             incoming = Store(staging)
-            for key in incoming.keys():
+            for key in list(incoming.keys()):
                 if not self.has(key):
                     wrong = [text for _, text in incoming.verify([key]) if "parent" not in text]
                     if wrong:

@@ -80,7 +80,7 @@ class VerdictsDirective(SphinxDirective):
     """The table of claims of one profile: statement, verdict, deciding number, chapter."""
 
     required_arguments = 1
-    COLUMNS = (("Claim", 46), ("Verdict", 14), ("What was measured", 30), ("Chapter", 10))
+    COLUMNS = (("Claim", 38), ("Verdict", 17), ("What was measured", 45))
 
     def run(self) -> list[nodes.Node]:
         profile = self.arguments[0]
@@ -97,8 +97,7 @@ class VerdictsDirective(SphinxDirective):
         group += [head, body]
         head += nodes.row("", *(nodes.entry("", nodes.paragraph("", title)) for title, _ in self.COLUMNS))
         for row in rows:
-            body += nodes.row("", self.claim(row), self.verdict(row), self.measured(row),
-                              self.chapter(row, profile))
+            body += nodes.row("", self.claim(row), self.verdict(row, profile), self.measured(row))
         return [table]
 
     def claim(self, row: dict[str, Any]) -> nodes.entry:
@@ -109,11 +108,15 @@ class VerdictsDirective(SphinxDirective):
             entry += nodes.paragraph("", str(row["note"]), classes=["dp-note"])
         return entry
 
-    def verdict(self, row: dict[str, Any]) -> nodes.entry:
-        """A badge whose colour repeats what its text says."""
+    def verdict(self, row: dict[str, Any], profile: str) -> nodes.entry:
+        """A badge whose colour repeats what its text says, and the way to the chapter behind it."""
         kind = row["verdict"].replace(" ", "-")
         badge = nodes.inline("", row["verdict"], classes=["dp-badge", f"dp-{kind}"])
-        return nodes.entry("", nodes.paragraph("", "", badge))
+        entry = nodes.entry("", nodes.paragraph("", "", badge))
+        link = self.chapter(row, profile)
+        if link is not None:
+            entry += nodes.paragraph("", "", link, classes=["dp-chapter"])
+        return entry
 
     def measured(self, row: dict[str, Any]) -> nodes.entry:
         """For each test the number, its name, and what it had to be, fixed before the run."""
@@ -136,18 +139,18 @@ class VerdictsDirective(SphinxDirective):
             entry += nodes.paragraph("", "not measured", classes=["dp-note"])
         return entry
 
-    def chapter(self, row: dict[str, Any], profile: str) -> nodes.entry:
+    def chapter(self, row: dict[str, Any], profile: str) -> nodes.Node | None:
         """A link to the page that shows how the number came about."""
         target = str(row.get("chapter") or "").removesuffix(".ipynb").removesuffix(".md")
         if not target:
-            return nodes.entry("", nodes.paragraph("", "\u2013"))
+            return None
         document = target if "/" in target else f"{folder_of(self.env, profile)}/{target}"
         label = target.rsplit("/", 1)[-1].lstrip("0123456789-") or target
         link = addnodes.pending_xref("", nodes.inline("", label, classes=["doc"]), refdomain="std",
                                      reftype="doc", reftarget=f"/{document.lstrip('/')}",
                                      refdoc=self.env.docname, refexplicit=True, refwarn=True)
         self.set_source_info(link)
-        return nodes.entry("", nodes.paragraph("", "", link))
+        return link
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def number_text(record: Mapping[str, Any], option: str = "") -> str:
 def number_title(record: Mapping[str, Any]) -> str:
     """What a reader sees on hovering: the full name and where ``dpkit lineage`` starts."""
     key = record.get("key")
-    return record["name"] + (f" (dpkit lineage {key})" if key else "")
+    return record["name"] + (f" (dpkit lineage {key[:12]})" if key else "")
 
 
 def parse_numbers(text: str, source: str) -> dict[str, dict[str, Any]]:

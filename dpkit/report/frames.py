@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from dpkit.statistics import mean_interval
 from dpkit.store import Store
 
 #: how the arms and sets are called in figures and tables
@@ -14,7 +15,7 @@ TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound
           "idc": "IDC", "idc_factor1": "IDC, factor 1", "herding": "herding", "all_data": "all data"}
 
 
-def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], drop: Iterable[str] = ("density", "collapsed")) -> pd.DataFrame:
+def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]]) -> pd.DataFrame:
     """One row for each (place, key): the place, the artifact's plain results, its seconds, ``failed`` and ``key``.
 
     Rows whose artifact is not made yet are left out; rows without a result (a diverged network) stay, with ``failed``
@@ -25,7 +26,7 @@ def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], drop: Ite
         if not store.has(key):
             continue
         artifact = store.get(key)
-        result = {k: v for k, v in artifact.meta["result"].items() if k not in drop and not isinstance(v, (dict, list))}
+        result = {k: v for k, v in artifact.meta["result"].items() if not isinstance(v, (dict, list))}
         # processor seconds do not grow when the machine is busy with other things; a GPU's time is wall time
         spent = artifact.meta["cpu_seconds"] if artifact.meta.get("device") == "cpu" else artifact.meta["seconds"]
         records.append({**place, **result, "seconds": spent, "failed": artifact.failed, "key": key})
@@ -45,8 +46,6 @@ def curves(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], names: I
 
 def summary(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
     """Mean, interval and n of ``column`` for each group, over seeds (rows of one seed are averaged first)."""
-    from dpkit.statistics import mean_interval
-
     records = []
     for place, group in table[table["failed"].isna()].groupby(by, sort=False):
         values = group.groupby("seed")[column].mean().tolist()

@@ -1,6 +1,5 @@
 """Stages: where mathematics meets disk. A study's settings become units, units become artifacts."""
-from dpkit.stages import make as _make
-from dpkit.stages import measure as _measure
+from dpkit.stages import make, measure  # noqa: F401  importing them registers their stages
 from dpkit.stages.plan import CHAPTERS, Entry, Plan, parse_share
 from dpkit.stages.run import Progress, Report, choose_device, compute, missing
 from dpkit.stages.study import ARMS, FIELDS, Study, load_study, profiles, read_profile, unknown

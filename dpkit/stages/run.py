@@ -24,6 +24,7 @@ from dpkit.stages.unit import STAGES, Context, Output, Unit, closure
 from dpkit.store import Store
 
 POPULATION = 16  # networks trained together on a GPU; halved when memory runs out
+SMALL = 20_000  # training images of work below which starting worker processes costs more than it saves
 
 
 @dataclass
@@ -101,7 +102,8 @@ def make(context: Context, units: list[Unit]) -> dict[str, str | None]:
         store.put(unit.key, stage=unit.stage, version=unit.version, spec=unit.spec, tensors=output.tensors,
                   parents={role: p.key for role, p in unit.parents.items()}, result=output.result, seconds=seconds,
                   label=unit.label, failed=output.failed,
-                  extra={"device": context.device, "cpu_seconds": round(cpu_seconds, 3), "data": unit.data.to_dict() if unit.data else None})
+                  extra={"device": context.device, "cpu_seconds": round(cpu_seconds, 3),
+                         "data": unit.data.to_dict() if unit.data else None})
     return {unit.key: output.failed for unit, output in zip(units, outputs, strict=True)}
 
 
@@ -118,10 +120,17 @@ def compute(store: Store, units: Iterable[Unit], *, device: str = "auto", worker
     if not todo:
         return Report()
     run = _Run(store, todo, device, Path(data_root), observe)
-    if device == "cpu":
+    if device != "cpu":
+        run.here(POPULATION)
+    elif sum(unit.cost for unit in todo.values()) > SMALL:
         run.in_processes(min(workers or available_cores(), len(todo)))
     else:
-        run.here()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker: the same bits
+        try:
+            run.here(1)
+        finally:
+            torch.set_num_threads(threads)
     return run.report
 
 
@@ -193,7 +202,8 @@ class _Run:
             self.show()
 
     # --- one process, populations -------------------------------------------------------------------------------------
-    def here(self) -> None:
+    def here(self, limit: int) -> None:
+        """Compute in this process, up to ``limit`` networks at once."""
         last = 0.0
 
         def progress(key: str, done: int, total: int) -> None:
@@ -205,7 +215,6 @@ class _Run:
                 self.show()
 
         context = Context(self.store, self.device, self.data_root, progress)
-        limit = POPULATION
         while self.ready:
             group = self._group(limit)
             self.running = {unit.key: 0.0 for unit in group}
@@ -219,7 +228,6 @@ class _Run:
                     for unit in group:
                         heapq.heappush(self.ready, (-self.urgency[unit.key], unit.key))
                     continue
-                outcome = {group[0].key: None}
                 self.settle(group[0].key, error="out of GPU memory; lower batch_size or width")
                 continue
             except Exception:
