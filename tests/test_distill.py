@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny import BATCH_NORM, MEAN, STD, Plain, equal
 
 from dpkit import distill, models, tree
-from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise
+from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise, shapes
 from dpkit.distill import DistillSpec, decode_images
 from dpkit.distill.idc import _train, distance, matched_names, matching_loss
 from dpkit.models import ModelSpec
@@ -80,7 +80,7 @@ def test_the_pixel_gradient_equals_finite_differences(kind, factor):
         direction = torch.randn(stored.shape, generator=source, dtype=torch.float64)
         with torch.no_grad():
             ahead, behind = stored + 1e-6 * direction, stored - 1e-6 * direction
-        slope = float(loss(ahead) - loss(behind)) / 2e-6
+        slope = float((loss(ahead) - loss(behind)).detach()) / 2e-6
         assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-5, abs=1e-8)
 
 
@@ -148,7 +148,7 @@ def test_one_step_by_hand(real, factor, ipc, operations):
     assert float(step.abs().max()) > 1e-5
     moved = split.images - images.detach()
     torch.testing.assert_close(moved, -step, atol=2e-6, rtol=1e-3)
-    assert history == pytest.approx([float(total) / 3], rel=1e-4)
+    assert history == pytest.approx([float(total.detach()) / 3], rel=1e-4)
 
 
 def test_doubled_rate_equals_the_published_momentum():
@@ -158,14 +158,15 @@ def test_doubled_rate_equals_the_published_momentum():
     2 (1 - 2^-10) of rate times gradient: the doubled rate to one part in a thousand.
     """
     classes, rounds = 10, 6
-    model, real = MODEL.replace(classes=classes), pictures(4, classes)
+    model, shown = MODEL.replace(classes=classes, image_size=16), shapes.make("train", 60)
+    real = Split(64 + shown.images // 2, shown.labels)  # so that no step leaves [0, 1]
     spec = DistillSpec(
         ipc=1,
         factor=1,
         outer=1,
         inner=rounds,
-        lr=20.0,
-        real_batch=4,
+        lr=0.003,
+        real_batch=60,
         network_images=0,
         augment=AugmentSpec(operations=""),
     )
@@ -187,7 +188,7 @@ def test_doubled_rate_equals_the_published_momentum():
     for c in range(classes):
         size = float(published[c].norm())
         assert size > 1e-3
-        assert float((found[c] - published[c]).norm()) < 2e-3 * size
+        assert float((found[c] - published[c]).norm()) < 1e-3 * size
 
 
 @pytest.mark.parametrize("model", [MODEL, BATCH_NORM], ids=["instance", "batch"])
@@ -255,11 +256,15 @@ def test_what_comes_out(real):
     assert not torch.allclose(other.images, split.images, atol=1e-3)
 
 
-def test_bf16_is_close_to_fp32(real):
-    exact = distill.idc(QUICK, MODEL, real, MEAN, STD, 3)[1]
-    rough = distill.idc(QUICK.replace(precision="bf16"), MODEL, real, MEAN, STD, 3)[1]
-    assert rough != exact
-    assert rough == pytest.approx(exact, rel=0.1)
+def test_bf16_moves_the_images_the_same_way():
+    model, real = MODEL.replace(image_size=16, classes=10), shapes.make("train", 300)
+    spec = QUICK.replace(outer=1, inner=1, network_images=0)
+    before, steps = first_images(real, spec, 3, 10), []
+    for precision in ("fp32", "bf16"):
+        found, _ = distill.idc(spec.replace(precision=precision), model, real, MEAN, STD, 3)
+        steps.append((found.images - before).flatten())
+    assert not torch.equal(*steps)
+    assert float(F.cosine_similarity(*steps, dim=0)) > 0.97
 
 
 def test_images_that_overflow_are_reported(real):

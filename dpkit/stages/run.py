@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -295,6 +296,7 @@ def _prepare_worker(root: str, data_root: str, steps) -> None:
     """One thread for each worker: equal bits on any number of cores, and no oversubscription."""
     global _context
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     last = 0.0
 
@@ -305,6 +307,13 @@ def _prepare_worker(root: str, data_root: str, steps) -> None:
             steps.put((key, done, total))
 
     _context = Context(Store(root), "cpu", Path(data_root), progress)
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent was killed, instead of computing on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _work(unit: Unit) -> tuple[str | None, str | None]:
