@@ -51,7 +51,7 @@ setup: $(STAMP)  ## the environment in .venv, nothing else
 	@echo "ready: $(BIN)/dpkit --help"
 
 clean:  ## remove results, the built book and caches; keep the environment and data
-	@rm -rf results _build book/runs .snakemake .pytest_cache .ruff_cache .hypothesis
+	@rm -rf results _build build dist book/runs .snakemake .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -path ./.git -prune -o -path ./data -prune -o -type d \
 		\( -name __pycache__ -o -name .ipynb_checkpoints -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 

@@ -8,6 +8,7 @@ or not at all.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from torch import Tensor
 from dpkit.spec import canonical_json
 
 FORMAT = 1
+MISSING_PARENT = "it lacks its parent"
 
 
 class Missing(LookupError):
@@ -106,19 +108,17 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         marker = self.root / "format.json"
-        if marker.exists():
-            try:
-                version = json.loads(marker.read_text())["format"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"store {self.root} has an unreadable format.json; restore it or use another folder") from None
-            if version > FORMAT:
-                raise ValueError(f"store {self.root} has format {version}, this dpkit reads up to {FORMAT}; update dpkit or "
-                                 "use another folder")
-        elif self.root.exists() and any(self.root.iterdir()):
-            raise ValueError(f"{self.root} is not a store (it has files but no format.json); use another folder")
-        else:
+        if self.root.exists() and not self.root.is_dir():
+            raise ValueError(f"{self.root} is not a store (it is a file); use a folder")
+        if not marker.exists():
+            # another process may be making the same store: its marker is there at the latest when anything else is
+            foreign = self.root.exists() and any(not p.name.startswith(".format.json") for p in self.root.iterdir())
+            if foreign and not marker.exists():
+                raise ValueError(f"{self.root} is not a store (it has files but no format.json); use another folder")
             self.root.mkdir(parents=True, exist_ok=True)
-            _write(marker, canonical_json({"format": FORMAT}))
+            if not marker.exists():
+                _write(marker, canonical_json({"format": FORMAT}))
+        _check_format(marker, f"store {self.root}")
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def path(self, key: str) -> Path:
@@ -133,7 +133,10 @@ class Store:
         """The artifact; raises :class:`Missing`, or :class:`Damaged` when its description is not readable."""
         path = self.path(key)
         try:
-            return Artifact(key, path, json.loads((path / "meta.json").read_text()))
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            if not isinstance(meta, dict):
+                raise ValueError("not a description")
+            return Artifact(key, path, meta)
         except FileNotFoundError:
             raise Missing(f"artifact {key[:12]} is not in {self.root}; make it with `dpkit compute` or `dpkit study`") from None
         except ValueError:
@@ -184,6 +187,7 @@ class Store:
             meta = {"key": key, "stage": stage, "version": version, "spec": dict(spec), "parents": dict(parents), "label": label,
                     "result": dict(result), "failed": failed, "seconds": round(seconds, 3), "machine": machine(),
                     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "sha256": _digest(file), **(extra or {})}
+            meta["meta_sha256"] = _description_digest(meta)
             _write(temporary / "meta.json", json.dumps(meta, indent=1, sort_keys=True))
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -229,29 +233,34 @@ class Store:
                 meta = artifact.meta
                 if _digest(artifact.path / "tensors.safetensors") != meta["sha256"]:
                     yield key, "its tensors are not the bytes that were written"
+                elif _description_digest(meta) != meta.get("meta_sha256", _description_digest(meta)):
+                    yield key, "its description is not the one that was written"
                 elif key_for(meta["stage"], meta["version"], meta["spec"], meta["parents"]) != key:
                     yield key, "its description does not give its key"
                 else:
                     absent = [name for name, parent in meta["parents"].items() if not self.has(parent)]
                     if absent:
-                        yield key, f"its parent {absent[0]} is missing"
-            except (Missing, Damaged, KeyError, OSError) as error:
+                        yield key, f"{MISSING_PARENT} {absent[0]}"
+            except (Missing, Damaged, KeyError, TypeError, AttributeError, OSError) as error:
                 yield key, f"it cannot be read ({error})"
 
     def pack(self, file: str | Path, keys: Iterable[str] | None = None) -> int:
         """Write the artifacts (default all) to one uncompressed tar file, whole or not at all; returns how many."""
-        file, count = Path(file), 0
+        file, keys = Path(file), list(self.keys() if keys is None else keys)
         temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+        index = json.dumps(keys).encode()  # a tar file that ends early between two members would look whole
+        entry = tarfile.TarInfo("index.json")
+        entry.size = len(index)
         try:
             with tarfile.open(temporary, "w") as archive:
                 archive.add(self.root / "format.json", "format.json")
-                for key in self.keys() if keys is None else keys:
+                archive.addfile(entry, io.BytesIO(index))
+                for key in keys:
                     archive.add(self.path(key), f"{key[:2]}/{key}")
-                    count += 1
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
-        return count
+        return len(keys)
 
     def unpack(self, file: str | Path) -> int:
         """Add the artifacts of a packed file; each is checked before it appears. Returns how many were new."""
@@ -263,21 +272,46 @@ class Store:
             except FileNotFoundError:
                 raise ValueError(f"packed store {file} does not exist") from None
             except (tarfile.TarError, EOFError, OSError) as error:
-                raise ValueError(f"packed store {file} cannot be read ({error}); pack it again") from None
+                reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+                raise ValueError(f"packed store {file} cannot be read ({reason}); pack it again") from None
             if not (staging / "format.json").is_file():
                 raise ValueError(f"{file} is not a packed store (no format.json in it)")
+            _check_format(staging / "format.json", f"packed store {file}")
             incoming = Store(staging)
-            for key in list(incoming.keys()):
-                if not self.has(key):
-                    wrong = [text for _, text in incoming.verify([key]) if "parent" not in text]
-                    if wrong:
-                        raise ValueError(f"packed store {file}: artifact {key[:12]}: {wrong[0]}; pack it again")
-                    self.path(key).parent.mkdir(parents=True, exist_ok=True)
+            new = sorted(set(incoming.keys()) - set(self.keys()))
+            index = staging / "index.json"
+            if index.is_file() and len(absent := set(json.loads(index.read_text())) - set(incoming.keys())):
+                raise ValueError(f"packed store {file} is cut off ({len(absent)} artifacts are not in it); pack it again")
+            for key, text in incoming.verify(new):  # all of them before the first one is added
+                if not text.startswith(MISSING_PARENT):
+                    raise ValueError(f"packed store {file}: artifact {key[:12]}: {text}; pack it again")
+            for key in new:
+                self.path(key).parent.mkdir(parents=True, exist_ok=True)
+                try:
                     os.rename(incoming.path(key), self.path(key))
                     count += 1
+                except OSError:
+                    if not self.has(key):  # another process may have added it
+                        raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return count
+
+
+def _check_format(marker: Path, name: str) -> None:
+    """Raise ``ValueError`` unless the marker says a format that this version reads."""
+    try:
+        version = int(json.loads(marker.read_text(encoding="utf-8"))["format"])
+    except (ValueError, KeyError, TypeError, OSError):
+        raise ValueError(f"{name} has an unreadable format.json; restore it or use another one") from None
+    if version > FORMAT:
+        raise ValueError(f"{name} has format {version}, this dpkit reads up to {FORMAT}; update dpkit or use another one")
+
+
+def _description_digest(meta: Mapping) -> str:
+    """SHA-256 of a description without its own digest, as it reads after a round trip through JSON."""
+    plain = json.loads(json.dumps({name: value for name, value in meta.items() if name != "meta_sha256"}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -74,11 +74,11 @@ def keep_highest(scores: Params, mask: Mask, count: int) -> Mask:
         raise ValueError("scores must be numbers, got NaN; did the training diverge?")
     if not 1 <= count <= int(alive.sum()):
         raise ValueError(f"count must lie in [1, {int(alive.sum())}], the surviving weights; got {count}")
-    order = torch.argsort(flat.masked_fill(~alive, -torch.inf), descending=True, stable=True)
+    places = torch.nonzero(alive).flatten()
+    order = torch.argsort(flat[places], descending=True, stable=True)
     keep = torch.zeros_like(alive)
-    keep[order[:count]] = True
-    # a removed weight has score -inf and so comes after every living one, unless those are -inf too
-    return unflatten(keep & alive, mask)
+    keep[places[order[:count]]] = True
+    return unflatten(keep, mask)
 
 
 def prune(scores: Params, mask: Mask, fraction: float) -> Mask:

@@ -56,7 +56,7 @@ def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> O
         saved = context.store.load_partial(unit.key)
         resume = (saved["images"], saved["history"].tolist()) if saved else None
         if saved:
-            context.start_clock(float(saved["cpu_seconds"]))
+            context.start_clock(float(saved.get("cpu_seconds", 0.0)))
         last = time.monotonic()
 
         def checkpoint(images: Tensor, values: list[float]) -> None:
@@ -107,7 +107,7 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
         saved = context.store.load_partial(units[0].key)
         resume = _read_state(saved)
         if saved:
-            context.start_clock(float(saved["cpu_seconds"]))
+            context.start_clock(float(saved.get("cpu_seconds", 0.0)))
         checkpoint = _checkpointing(context, units[0])
     fit = training.fit(train, model, split, dataset.mean, dataset.std, tree.stack([s[0] for s in starts]),
                        tree.stack([s[1] for s in starts]), [unit.spec["noise_seed"] for unit in units],
