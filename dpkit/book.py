@@ -17,7 +17,10 @@ class Broken(ValueError):
 
 def check_notebook(path: Path) -> None:
     """Raise ``Broken`` unless the notebook is executed, not empty, and free of errors (Jupyter Book notices none of these)."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError):
+        raise Broken(f"{path.name} is no whole notebook; execute it again with `dpkit study`") from None
     code = [c for c in cells if c["cell_type"] == "code"]
     if not any(c.get("outputs") for c in code):
         raise Broken(f"{path.name} has no outputs; execute it with `dpkit study`")
@@ -44,11 +47,13 @@ def stage(profile: str, target: Path) -> None:
 
 
 def build(profile: str = "quick", out: Path | None = None) -> Path:
-    """Build the HTML book with warnings as errors; returns the path of its front page. Raises :class:`Broken`."""
-    out = out or project.root() / "_build"
-    source = out / "source"
+    """Build the HTML book, warnings as errors, under ``out/_build/html``; returns its front page. Raises :class:`Broken`."""
+    out = (out or project.root()).resolve()
+    source = out / "_build" / "source"
     stage(profile, source)
-    done = subprocess.run([sys.executable, "-m", "jupyter_book", "build", str(source), "--path-output", str(out), "--all", "-W",
+    # jupyter_book 1 has no __main__; going through this interpreter needs no PATH
+    program = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "build", str(source), "--path-output", str(out), "--all", "-W",
                            "--keep-going", "-q"], capture_output=True, text=True)
     front = out / "_build" / "html" / "index.html"
     if done.returncode or not front.is_file():

@@ -63,7 +63,8 @@ class Chapter:
 
     def frame(self, part: str | None = None) -> pd.DataFrame:
         """One row a measured thing; see :func:`dpkit.report.frame`."""
-        return report.frame(self.store, self.rows(part))
+        entries: list[Entry] = getattr(self.plan, part or self.name)()
+        return report.frame(self.store, [(e.place, e.unit.key) for e in entries], entries[0].unit.stage if entries else "")
 
     def curves(self, *names: str, part: str | None = None) -> pd.DataFrame:
         """One row a point of the curves ``names``."""

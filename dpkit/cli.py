@@ -115,15 +115,16 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
     from dpkit import project, stages
     from dpkit.progress import duration, observer
 
-    plan, store = plan_of(profile, settings_of(set)), open_store()
     for name in chapter or []:
         if name not in stages.CHAPTERS:
             raise stages.unknown("chapter", name, stages.CHAPTERS)
+    device, plan = stages.choose_device(device), plan_of(profile, settings_of(set))
     units = [u for name in chapter or stages.CHAPTERS for u in plan.share(name, share)]
+    store = open_store()  # after all that may be wrong: nothing is written then
     if not chapter and share == "1/1":
         units += [entry.unit for entry in plan.searches()]
     left = stages.missing(store, units)
-    out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {stages.choose_device(device)}")
+    out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {device}")
     started = time.monotonic()
     report = stages.compute(store, units, device=device, workers=workers, data_root=project.data_folder(),
                             observe=observer("compute"))
@@ -272,7 +273,7 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
 
 @app.command()
 def book(profile: Profile = "quick", out_folder: Annotated[Path | None, typer.Option(
-        "--out", help="where to build (default _build)")] = None) -> None:
+        "--out", help="build OUT/_build/html (default: the checkout)")] = None) -> None:
     """Build the HTML book from executed notebooks, warnings as errors, and say where it lies."""
     from dpkit import book as builder
 
@@ -383,7 +384,10 @@ def main() -> None:
         print("dpkit: stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(130)
     except UsageProblem as error:
-        error.show()
+        text = error.format_message().strip().rstrip(".")
+        where = error.ctx.command_path if error.ctx else "dpkit"
+        # a command that needs a subcommand and gets none says its whole help
+        print(text if "\n" in text else f"dpkit: {text}; see `{where} --help`", file=sys.stderr)
         sys.exit(error.exit_code)
     except (ValueError, RuntimeError, Missing, OSError, ImportError) as error:
         if not str(error).strip():

@@ -126,5 +126,6 @@ def _clean(path: Path) -> None:
             cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata.tags = [*cell.metadata.tags, "hide-input"]
+            cell.id = "injected-parameters"  # papermill draws one
             cell.source = cell.source.replace(str(project.root()) + os.sep, "")
     nbformat.write(book, path)

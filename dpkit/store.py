@@ -253,8 +253,8 @@ class Store:
         entry.size = len(index)
         try:
             with tarfile.open(temporary, "w") as archive:
-                archive.add(self.root / "format.json", "format.json")
                 archive.addfile(entry, io.BytesIO(index))
+                archive.add(self.root / "format.json", "format.json")
                 for key in keys:
                     archive.add(self.path(key), f"{key[:2]}/{key}")
             os.replace(temporary, file)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dpkit import __version__, data, notebooks, project, stages
-from dpkit.store import machine
+from dpkit.store import Store, machine
 
 SNAKEFILE = Path(__file__).parent / "workflow" / "Snakefile"
 
@@ -46,7 +46,9 @@ def run(profile: str, settings: Mapping[str, Any], *, out: Path | None = None, s
     notebook fails. What is finished stays; the next call continues.
     """
     study = stages.load_study(profile, settings)
+    stages.choose_device(device)
     data.load(study.data, project.data_folder())  # a missing file is better found now than in the first notebook
+    Store(project.store_folder())  # and so is a store from a newer version
     out = (out or project.run_folder(profile)).resolve()
     # one working folder for each combination of settings, so that two studies never mix their stamps
     name = hashlib.sha256(json.dumps([study.to_dict(), str(out)]).encode()).hexdigest()[:12]

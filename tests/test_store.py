@@ -1,13 +1,11 @@
 """The store: whole or not at all, found again by key, and every kind of damage noticed."""
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 
 import dpkit
-from dpkit.store import FORMAT, Damaged, Missing, Store, key_for
+from dpkit.store import FORMAT, Missing, Store, key_for
 
 ROOT = Path(dpkit.__file__).parents[1]
 TENSORS = {"params/w": torch.arange(6.0).view(2, 3), "params/b": torch.tensor([1.5]), "mask/w": torch.tensor([True, False]),

@@ -15,13 +15,20 @@ TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound
           "idc": "IDC", "idc_factor1": "IDC, factor 1", "herding": "herding", "all_data": "all data"}
 
 
-def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]]) -> pd.DataFrame:
+#: what each stage measures: a frame has these columns even where nothing came out
+MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
+            "path": ("error_barrier", "loss_barrier", "stable"), "plane": ("highest_error", "lowest_error"),
+            "hessian": ("trace", "trace_error", "top_eigenvalue", "top_eigenvalue_error", "surviving", "trace_per_weight",
+                        "diagonal_negative", "diagonal_error", "products")}
+
+
+def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], stage: str = "") -> pd.DataFrame:
     """One row for each (place, key): the place, the artifact's plain results, its seconds, ``failed`` and ``key``.
 
     Rows whose artifact is not made yet are left out; rows without a result (a diverged network) stay, with ``failed``
-    saying why and NaN for their numbers.
+    saying why and NaN for their numbers. With ``stage`` its columns are there even when there is not one result.
     """
-    records = []
+    rows, records = list(rows), []
     for place, key in rows:
         if not store.has(key):
             continue
@@ -30,26 +37,35 @@ def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]]) -> pd.Dat
         # processor seconds do not grow when the machine is busy with other things; a GPU's time is wall time
         spent = artifact.meta["cpu_seconds"] if artifact.meta.get("device") == "cpu" else artifact.meta["seconds"]
         records.append({**place, **result, "seconds": spent, "failed": artifact.failed, "key": key})
-    return pd.DataFrame.from_records(records)
+    table = pd.DataFrame.from_records(records)
+    places = [name for place, _ in rows for name in place]
+    wanted = dict.fromkeys([*places, *MEASURES.get(stage, ()), "seconds", "failed", "key"])
+    return table.reindex(columns=[*table.columns, *(name for name in wanted if name not in table.columns)])
 
 
 def curves(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], names: Iterable[str]) -> pd.DataFrame:
     """One row for each point of each artifact's curves: the place, ``key``, and the tensors ``names``, all (T,)."""
-    parts = []
+    rows, names, parts = list(rows), list(names), []
     for place, key in rows:
         if store.has(key) and not store.get(key).failed:
             tensors = store.get(key).tensors
             part = pd.DataFrame({name: tensors[name].double().numpy() for name in names})
             parts.append(part.assign(**place, key=key))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    if not parts:
+        return pd.DataFrame(columns=list(dict.fromkeys([*names, *(name for place, _ in rows for name in place), "key"])))
+    return pd.concat(parts, ignore_index=True)
 
 
 def summary(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Mean, interval and n of ``column`` for each group, over seeds (rows of one seed are averaged first)."""
+    """Mean, interval and n of a fraction ``column`` for each group, over seeds (rows of one seed are averaged first).
+
+    Intervals are cut to [0, 1], as those of the printed numbers are.
+    """
     records = []
     for place, group in table[table["failed"].isna()].groupby(by, sort=False):
         values = group.groupby("seed")[column].mean().tolist()
         mean, low, high = mean_interval(values)
         records.append({**dict(zip(by, place if isinstance(place, tuple) else (place,), strict=True)), "mean": mean,
-                        "low": mean if low is None else low, "high": mean if high is None else high, "n": len(values)})
+                        "low": mean if low is None else max(0.0, low),
+                        "high": mean if high is None else min(1.0, high), "n": len(values)})
     return pd.DataFrame.from_records(records, columns=[*by, "mean", "low", "high", "n"])

@@ -98,13 +98,13 @@ class Collector:
     def compare(self, first: tuple[str, int], second: tuple[str, int], measure: str, column: str, *,
                 ratio: bool = False) -> None:
         """First minus (or over) second, seed by seed. Seeds that lack either are left out, and n says so."""
-        a, keys_a = by_seed(self.rows(*first), column)
-        b, keys_b = by_seed(self.rows(*second), column)
+        a, b = by_seed(self.rows(*first), column)[0], by_seed(self.rows(*second), column)[0]
         both = sorted(set(a) & set(b))
         if ratio:
             both = [s for s in both if a[s] > 0 and b[s] > 0]  # the logarithm of a ratio needs positive numbers
         if both:
             values = {s: a[s] / b[s] if ratio else a[s] - b[s] for s in both}
+            keys_a, keys_b = (by_seed(t[t["seed"].isin(both)], column)[1] for t in (self.rows(*first), self.rows(*second)))
             name = f"{self.prefix}.{first[0]}_{'over' if ratio else 'minus'}_{second[0]}.{measure}{suffix(first[1])}"
             self.found.append(number(self.store, name, values, keys_a + keys_b, "ratio" if ratio else "mean"))
 
@@ -144,8 +144,11 @@ def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
 
 def _searches(store: Store, table: pd.DataFrame) -> list[Number]:
     """The cost of each mask search up to the last measured round: training points and seconds, the set not counted."""
-    # the mean over a seed's rows times their number is their sum
+    # a search of which a round is missing or failed has no cost yet
+    table = table[table["failed"].isna()]
     rounds = table.groupby(["arm", "seed"])["key"].transform("size")
+    table, rounds = table[rounds == table["round"]], rounds[rounds == table["round"]]
+    # the mean over a seed's rows times their number is their sum
     chapter = Collector(store, "tickets", table.assign(points=table["points"] * rounds, seconds=table["seconds"] * rounds))
     for name, percent in chapter.places():
         chapter.add(name, percent, "search_points", "points", "mean")
