@@ -118,8 +118,8 @@ class Chapter:
         return Image(buffer.getvalue(), width=int(figure.get_figwidth() * 100), alt=alt or name.replace("-", " "))
 
     def write(self) -> None:
-        """With ``out``: write ``numbers.jsonl`` and ``verdicts.json``, which the book's text reads."""
-        if self.out is None:
+        """With ``out``: write ``numbers.jsonl`` and ``verdicts.json``, which the book's text reads (a share writes nothing)."""
+        if self.out is None or self.share != "1/1":
             return
         self.out.mkdir(parents=True, exist_ok=True)
         files = {"numbers.jsonl": "".join(n.json() + "\n" for n in self.numbers.values()),

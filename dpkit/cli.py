@@ -246,6 +246,7 @@ def numbers(profile: Profile = "quick", set: Settings = None,
     for record in found:
         table.add_row(record["name"], number_text(record, "value"), number_text(record, "interval"), str(record["n"]),
                       record["key"][:12])
+    out.width = max(out.width, 120)  # a name that is cut short leads nowhere
     out.print(table)
 
 

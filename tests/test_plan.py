@@ -68,14 +68,19 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"rewind_epochs": "2"}, "rewind_epochs must lie in (0, 2), got 2"),
     ("smoke", {"dataset": "cifar"}, "dataset must be shapes, cifar10, "),
     ("smoke", {"lr": -1}, "lr must be > 0, got -1"),
-    ("smoke", {"set_lr": 0}, "lr must be > 0, got 0"),
-    ("smoke", {"set_augment": "blur"}, "operations must be joined by _ from "),
-    ("smoke", {"augment": "color_blur"}, "operations must be joined by _ from "),
-    ("smoke", {"distill_distance": "l2"}, "distance must be one of squared, l1, cosine; got 'l2'"),
+    ("smoke", {"set_lr": 0}, "set_lr must be > 0, got 0"),
+    ("smoke", {"set_augment": "blur"}, "set_augment must be joined by _ from "),
+    ("smoke", {"augment": "color_blur"}, "augment must be joined by _ from "),
+    ("smoke", {"distill_distance": "l2"}, "distill_distance must be one of squared, l1, cosine; got 'l2'"),
     ("smoke", {"statistics": "keep"}, "statistics must be one of reestimate, interpolate; got 'keep'"),
     ("smoke", {"scope": "biases"}, "scope must be one of all, weights; got 'biases'"),
     ("smoke", {"arch": "vgg"}, "arch must be one of convnet3, resnet10, resnet18; got 'vgg'"),
-    ("smoke", {"points": 1}, "points must "),
+    ("smoke", {"width": 0}, "width must be at least 1 channel, got 0"),
+    ("smoke", {"points": 1}, "points must "), ("smoke", {"plane_resolution": 1}, "plane_resolution must "),
+    ("smoke", {"plane_images": -1}, "plane_images must "), ("smoke", {"hessian_images": 0}, "hessian_images must "),
+    ("smoke", {"probes": 0}, "probes must "), ("smoke", {"lanczos_steps": 0}, "lanczos_steps must "),
+    ("smoke", {"distill_outer": 0}, "distill_outer must be >= 1"), ("smoke", {"factor": 0}, "factor must be >= 1"),
+    ("smoke", {"set_epochs": 0}, "set_epochs must be >= 1, got 0"), ("smoke", {"ipc": 0}, "ipc must be >= 1, got 0"),
 ])
 def test_a_wrong_setting_is_refused_in_one_line(profile, overrides, line):
     with pytest.raises(ValueError) as caught:
@@ -169,7 +174,8 @@ def test_a_prune_setting_leaves_dense_networks_alone_and_another_run_leaves_noth
                                                                                            "random_real")}):
         assert dense <= keys(plan(**change))
     assert not keys(plan(run=1)) & keys(base)
-    assert not keys(plan(lr=0.2), stage=("network",)) & {k for k in keys(base, "tickets", stage=("network",))}
+    assert not keys(plan(lr=0.2)) & {*dense, base.child("distilled", 0, 2, 0).key}
+    assert base.searched("distilled", 0, 0).key in keys(plan(lr=0.2))  # which never saw that learning rate
 
 
 def test_searches_begin_with_one_dense_network_and_end_where_they_should():

@@ -18,9 +18,9 @@ from dpkit.tree import seed_for
 
 CLASSES = ("disk", "square", "triangle", "star", "cross", "ring", "half disk", "crescent", "bar", "corner")
 SIDE = 16
-NOISE = 0.12
-CENTRE = 0.35  # centre of the shape lies within this share of the half-width
-SIZE = (0.55, 0.9)  # radius of the shape, as a share of the half-width
+NOISE = 0.15
+CENTRE = 0.3  # centre of the shape lies within this share of the half-width
+SIZE = (0.6, 0.95)  # radius of the shape, as a share of the half-width
 _SUPERSAMPLING = 3
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import combinations
 from typing import Any
 
 from dpkit.connectivity import PathSpec
+from dpkit.distill import check_factor
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import count_prunable
@@ -32,6 +33,18 @@ class Entry:
     unit: Unit
 
 
+def _once(method):
+    """Build each unit of a plan once: a ticket reaches back to the dense network along two ways in every round."""
+    @wraps(method)
+    def remembered(self: Plan, *place: int | str) -> Unit:
+        at = (method.__name__, *place)
+        if at not in self.memo:
+            self.memo[at] = method(self, *place)
+        return self.memo[at]
+
+    return remembered
+
+
 @dataclass
 class Plan:
     """The units of a study for one data set, by chapter. identity: ``Dataset.identity``; see :func:`dpkit.data.load`."""
@@ -39,6 +52,11 @@ class Plan:
     study: Study
     identity: dict
     memo: dict[tuple, Unit] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # what does not fit the images is better found now than by a worker in an hour
+        self.study.model(self.identity)
+        check_factor(self.study.factor, min(self.identity["shape"][1:]))
 
     # --- building blocks ------------------------------------------------------------------------------------------------
     @cached_property
@@ -68,6 +86,7 @@ class Plan:
         unit = Unit(stage, spec, parents, label, cost, self.study.data)
         return self.memo.setdefault((unit.key,), unit)
 
+    @_once
     def small_set(self, name: str, seed: int) -> Unit:
         """The small set ``name`` (one of ``study.SETS``). IDC is made once; chosen sets differ from seed to seed."""
         study, method = self.study, _METHODS[name]
@@ -99,6 +118,7 @@ class Plan:
         cost = train.epochs * count * (1.5 if train.augment.names else 1.0)
         return self._unit("network", spec, parents, label, cost)
 
+    @_once
     def dense(self, init: int, role: str, child: int = 0) -> Unit:
         """A dense network trained on real data: the one that searches start with, or a child."""
         noise = self._seed("search", init) if role == "search" else self._seed("child", init, child)
@@ -106,6 +126,7 @@ class Plan:
         name = "search" if role == "search" else f"child {child}"
         return self._network(init, noise, f"dense network {init}, {name}", snapshots=kept)
 
+    @_once
     def searched(self, arm: str, init: int, round: int) -> Unit:
         """The network whose magnitudes decide the mask of round ``round + 1``."""
         source, rewound = ARMS[arm]
@@ -119,6 +140,7 @@ class Plan:
         return self._network(init, self._seed("search", init), f"{arm} search {init}, round {round}", images=images,
                              ticket=ticket)
 
+    @_once
     def ticket(self, arm: str, init: int, round: int) -> Unit:
         """The subnetwork of an arm after ``round`` rounds, from 1."""
         study, (source, rewound) = self.study, ARMS[arm]
@@ -137,6 +159,7 @@ class Plan:
                 spec["rewind_step"] = self.rewind_step
         return self._unit("ticket", spec, parents, f"{arm} ticket {init}, round {round}", 2000)
 
+    @_once
     def child(self, arm: str, init: int, round: int, child: int) -> Unit:
         """Child ``child`` of a ticket (of the dense network for arm ``dense``, round 0), trained on real data."""
         if arm == "dense":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,8 +17,11 @@ from typing import Any
 
 import yaml
 
+from dpkit.connectivity import PathSpec
 from dpkit.data import AugmentSpec, DataSpec
 from dpkit.distill import DistillSpec
+from dpkit.hessian import HessianSpec
+from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
 from dpkit.spec import Spec, parse
@@ -103,7 +107,7 @@ class Study(Spec):
                               ("hessian_arms", ("dense", *self.arms))):
             unknown = [v for v in getattr(self, name) if v not in allowed]
             self.require(not unknown, f"{name} must be chosen from {', '.join(allowed)}; got {', '.join(unknown)}")
-        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "probes"):
+        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs"):
             self.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         self.require(self.children >= 2, f"children must be >= 2, a path needs two ends; got {self.children}")
         self.require(bool(self.at_rounds), "at_rounds must name at least one round")
@@ -111,9 +115,18 @@ class Study(Spec):
         self.require(not wrong, f"at_rounds must lie in [1, {self.rounds}], the rounds; got {wrong}")
         self.between("rewind_epochs", 0, self.epochs, open_low=True, open_high=True)
         self.one_of("statistics", ("reestimate", "interpolate"))
-        # each of these validates its own fields, in the words of this file
-        self.data, self.prune, self.train  # noqa: B018
-        self.distill(self.factor)
+        # each specification checks its own fields; what it calls them is put in the words of this file
+        self.data, self.prune  # noqa: B018
+        _checked(lambda: self.train, operations="augment")
+        _checked(lambda: self.distill(self.factor), **{name: f"distill_{name}" for name in (
+            "outer", "inner", "lr", "distance", "real_batch", "network_images", "precision")})
+        _checked(lambda: self.train_on_set(self.factor), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
+        ModelSpec(arch=self.arch, width=self.width)
+        PathSpec(points=self.points)
+        _checked(lambda: PlaneSpec(resolution=self.plane_resolution, images=self.plane_images), resolution="plane_resolution",
+                 images="plane_images")
+        _checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
+                 images="hessian_images")
 
     # --- the only conversions from parameters to specifications ---------------------------------------------------------
     @property
@@ -155,6 +168,15 @@ class Study(Spec):
             raise ValueError(f"images must be square, got {height} x {width}")
         return ModelSpec(arch=self.arch, width=self.width, image_size=height, channels=channels,
                          classes=identity["classes"], stem="imagenet" if height > 64 and self.arch != "convnet3" else "cifar")
+
+
+def _checked(build: Callable[[], Any], **names: str) -> None:
+    """Build a specification for its checks; in an error the field's name is put as ``names`` says."""
+    try:
+        build()
+    except ValueError as error:
+        word, _, rest = str(error).partition(" ")
+        raise ValueError(f"{names.get(word, word)} {rest}") from None
 
 
 FIELDS: dict[str, Any] = {name: kind for name, kind in typing.get_type_hints(Study).items()

@@ -1,0 +1,344 @@
+"""Units become artifacts: what each one holds, what a second call does, and what is left when something goes wrong."""
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from dpkit import data, prune, training
+from dpkit.data import normalise
+from dpkit.models import ModelSpec
+from dpkit.stages import Context, Plan, Study, choose_device, closure, compute, make, missing, run
+from dpkit.stages.make import initial, network_of, read_set
+from dpkit.store import Store
+
+TINY = {"train_images": 100, "test_images": 50, "width": 3, "epochs": 2, "batch_size": 32, "ipc": 1, "distill_outer": 2,
+        "distill_inner": 1, "distill_network_images": 32, "set_epochs": 3, "evaluation_seeds": 1, "fraction": 0.4, "rounds": 2,
+        "at_rounds": (2,), "rewind_epochs": 0.5, "seeds": 1, "points": 3, "plane_resolution": 3, "plane_images": 20,
+        "hessian_images": 10, "probes": 2, "lanczos_steps": 2, "plane_arms": ("dense",), "hessian_arms": ("dense", "imp")}
+CHAPTERS = ("data", "distillation", "tickets", "connectivity", "landscape", "hessian")
+
+
+@functools.cache
+def plan(**changes):
+    study = Study(**(TINY | changes))
+    return Plan(study, data.load(study.data).identity)
+
+
+def units(made, *chapters):
+    return [e.unit for c in chapters or CHAPTERS for e in made.chapter(c)]
+
+
+def contents(store, among=None):
+    """Tensors and results by key: all that has to be equal when a computation is repeated."""
+    artifacts = {key: store.get(key) for key in (store.keys() if among is None else among)}
+    return {key: ({n: t.clone() for n, t in a.tensors.items()}, a.result, a.failed) for key, a in artifacts.items()}
+
+
+def same(a, b):
+    """Whether two contents are equal bit for bit."""
+    return a.keys() == b.keys() and all(
+        a[k][1:] == b[k][1:] and a[k][0].keys() == b[k][0].keys()
+        and all(torch.equal(a[k][0][n], b[k][0][n]) for n in a[k][0]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A store with the whole tiny study, made in this process, with its report."""
+    store = Store(tmp_path_factory.mktemp("whole") / "store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "SMALL", float("inf"))
+        report = compute(store, units(plan()), device="cpu")
+    return store, report
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Compute in this process however much there is."""
+    monkeypatch.setattr(run, "SMALL", float("inf"))
+
+
+# --- the whole study ---
+def test_everything_is_made_once(done):
+    store, report = done
+    everything = closure(units(plan()))
+    assert sorted(report.made) == sorted(everything) == sorted(store.keys())
+    assert report.failed == report.errors == {}
+    assert list(store.verify()) == []
+    assert list((store.root / "tmp").iterdir()) == []
+    order = {key: i for i, key in enumerate(report.made)}
+    assert all(order[p.key] < order[key] for key, unit in everything.items() for p in unit.parents.values())
+
+
+def test_a_second_call_makes_nothing(done):
+    store, _ = done
+    before = {p: p.stat().st_mtime_ns for p in store.root.rglob("*")}
+    report = compute(store, units(plan()), device="cpu")
+    assert report.made == []
+    assert {p: p.stat().st_mtime_ns for p in store.root.rglob("*")} == before
+
+
+def test_an_artifact_says_what_made_it(done):
+    store, _ = done
+    for key, unit in closure(units(plan())).items():
+        meta = store.get(key).meta
+        assert (meta["stage"], meta["label"]) == (unit.stage, unit.label)
+        assert meta["parents"] == {role: p.key for role, p in unit.parents.items()}
+        assert meta["seconds"] >= 0
+        assert meta["device"] == "cpu"
+        assert meta["data"]["dataset"] == "shapes"
+
+
+def test_a_network_holds_what_it_measured(done):
+    store, _ = done
+    made = plan()
+    dataset = data.load(made.study.data)
+    model = ModelSpec(**made.model)
+    for unit in (made.dense(0, "search"), made.child("ltr", 0, 2, 1)):
+        artifact = store.get(unit.key)
+        params, buffers = network_of(artifact)
+        test = normalise(dataset.test.images, dataset.mean, dataset.std)
+        error, loss = training.evaluate(model, params, buffers, test, dataset.test.labels)
+        assert (artifact.result["error"], artifact.result["loss"]) == (error, loss)
+    steps = 2 * 4  # epochs of 100 images in batches of 32
+    assert store.get(made.dense(0, "search").key).result["steps"] == steps
+    assert store.get(made.dense(0, "search").key).result["points"] == 200
+    assert store.get(made.child("ltr", 0, 2, 0).key).result["steps"] == steps - made.rewind_step
+
+
+def test_a_ticket_holds_its_mask_and_starts_where_it_should(done):
+    store, _ = done
+    made = plan()
+    dense = store.get(made.dense(0, "search").key)
+    starts = {"imp": initial(made.dense(0, "search").spec), "ltr": network_of(dense, f"{made.rewind_step}/"),
+              "random": initial(made.dense(0, "search").spec)}
+    for arm, (params, _) in starts.items():
+        masks = [store.get(made.ticket(arm, 0, r).key).group("mask") for r in ((2,) if arm == "random" else (1, 2))]
+        ticket = store.get(made.ticket(arm, 0, 2).key)
+        assert prune.surviving(masks[-1]) == ticket.result["surviving"] == made.counts[2]
+        assert ticket.result["sparsity"] == pytest.approx(1 - made.counts[2] / made.counts[0])
+        for name, weight in ticket.group("params").items():
+            assert torch.equal(weight, torch.where(masks[-1][name], params[name], 0.0) if name in masks[-1] else params[name])
+        assert all(not (masks[-1][n] & ~masks[0][n]).any() for n in masks[0])
+        child = store.get(made.child(arm, 0, 2, 0).key).group("params")
+        assert all(not child[n][~m].any() for n, m in masks[-1].items())
+    trained = network_of(dense)[0]
+    first = store.get(made.ticket("imp", 0, 1).key).group("mask")
+    full = {n: torch.ones_like(m) for n, m in first.items()}
+    assert prune.jaccard(first, prune.keep_highest(prune.magnitude(trained, full), full, made.counts[1])) == 1
+
+
+def test_small_sets_hold_their_recipe_and_train_what_follows(done):
+    store, _ = done
+    made = plan()
+    for name, factor in (("idc", 2), ("idc_factor1", 1), ("random_real", 1), ("herding", 1)):
+        artifact = store.get(made.small_set(name, 0).key)
+        assert artifact.result["stored_images"] == 10
+        assert artifact.result["training_images"] == len(read_set(artifact)) == 10 * factor**2
+        recipe = artifact.result["recipe"]
+        assert recipe["train"] == made.study.train_on_set(factor).to_dict()
+        assert recipe["mean"] == data.load(made.study.data).mean.tolist()
+        assert len(artifact.result["history"]) == (2 if name.startswith("idc") else 0)
+    searched = store.get(made.searched("distilled", 0, 0).key)
+    assert searched.result["points"] == made.study.train_on_set(2).epochs * 40
+
+
+def test_measurements_fit_the_networks_that_they_measure(done):
+    store, _ = done
+    made = plan()
+    for entry in made.connectivity():
+        path = store.get(entry.unit.key)
+        ends = [store.get(entry.unit.parents[name].key).result["error"] for name in "ab"]
+        assert path.tensors["errors"][[0, -1]].tolist() == pytest.approx(ends)
+        expected = float(path.tensors["errors"].max()) - sum(ends) / 2
+        assert path.result["error_barrier"] == pytest.approx(expected, abs=1e-6)
+    for entry in made.hessian():
+        found = store.get(entry.unit.key)
+        arm = entry.place["arm"]
+        assert found.result["surviving"] == made.counts[0 if arm == "dense" else 2] == found.tensors["diagonal"].numel()
+    plane = store.get(made.landscape()[0].unit.key)
+    assert plane.tensors["errors"].shape == (3, 3)
+
+
+# --- the same bits however it is made ---
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_make_the_same_bits(done, store, monkeypatch, workers):
+    monkeypatch.setattr(run, "SMALL", 0)
+    wanted = [plan().small_set("idc", 0), plan().ticket("imp", 0, 1), plan().dense(0, "child", 1)]
+    seen = []
+    report = compute(store, wanted, device="cpu", workers=workers, observe=seen.append)
+    assert sorted(report.made) == sorted(closure(wanted))
+    assert same(contents(store), contents(done[0], closure(wanted)))
+    assert (seen[-1].done, seen[-1].units, seen[-1].running) == (len(report.made), len(report.made), ())
+    assert seen[-1].work == pytest.approx(seen[-1].total)
+    assert all(a.done <= b.done for a, b in zip(seen, seen[1:], strict=False))
+
+
+def test_an_interrupted_study_goes_on_to_the_same_end(done, store, here):
+    some = units(plan(), "data") + [plan().ticket("imp", 0, 1)]
+    first = compute(store, some, device="cpu")
+    assert len(first.made) == 3
+    assert not set(missing(store, units(plan()))) & set(first.made)
+    second = compute(store, units(plan()), device="cpu")
+    assert not set(second.made) & set(first.made)
+    assert same(contents(store), contents(done[0]))
+
+
+class Stop(BaseException):
+    """As Ctrl-C, but no other's."""
+
+
+@pytest.mark.parametrize("kind, after", [("network", 5), ("idc", 1)])
+def test_a_unit_stopped_in_the_middle_goes_on_from_its_checkpoint(done, store, monkeypatch, kind, after):
+    monkeypatch.setattr("dpkit.stages.make.CHECKPOINT_SECONDS", -1.0)
+    unit = plan().dense(0, "search") if kind == "network" else plan().small_set("idc", 0)
+    steps = []
+
+    def stop(key, step, total):
+        steps.append(step)
+        if len(steps) > after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.make(Context(store, progress=stop), [unit])
+    assert not store.has(unit.key)
+    assert store.partial(unit.key).exists()
+    before, steps[:] = len(steps), []
+    stop_never = Context(store, progress=lambda key, step, total: steps.append(step))
+    run.make(stop_never, [unit])
+    assert steps[0] > 1  # not from the start
+    assert len(steps) < before + len(steps) <= steps[-1] + 2
+    assert not store.partial(unit.key).exists()
+    assert same(contents(store), contents(done[0], [unit.key]))
+
+
+def populate(store, made, wanted):
+    """Make the parents of some units, then the units together."""
+    parents = {p.key: p for unit in wanted for p in unit.parents.values()}
+    compute(store, parents.values(), device="cpu")
+    run.make(Context(store), wanted)
+
+
+def test_networks_made_as_a_population_equal_those_made_alone(done, store, here, monkeypatch):
+    made = plan()
+    wanted = [made.child(arm, 0, 2, child) for arm in ("imp", "random") for child in (0, 1)]
+    populate(store, made, wanted)
+    keys = [u.key for u in wanted]
+    assert same(contents(store, keys), contents(done[0], keys))
+
+
+def test_networks_trained_with_vmap_agree_with_those_made_alone(done, store, here, monkeypatch):
+    made = plan()
+    wanted = [made.child(arm, 0, 2, child) for arm in ("imp", "random") for child in (0, 1)]
+    monkeypatch.setattr(training, "fit", functools.partial(training.fit, form="vmap"))
+    parents = [p for unit in wanted for p in unit.parents.values()]
+    for key in closure(parents):
+        artifact = done[0].get(key)
+        store.put(key, tensors=artifact.tensors, **{n: artifact.meta[n] for n in (
+            "stage", "version", "spec", "parents", "result", "seconds", "label")})
+    run.make(Context(store), wanted)
+    for unit in wanted:
+        alone, together = done[0].get(unit.key), store.get(unit.key)
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(together.tensors[name], tensor, atol=2e-3, rtol=1e-2)
+        assert together.result["loss"] == pytest.approx(alone.result["loss"], rel=1e-2)
+
+
+def test_populations_are_of_networks_that_share_their_settings(store, monkeypatch):
+    sizes, single = [], run.make
+
+    def spy(context, group):
+        sizes.append([unit.label for unit in group])
+        assert len({(u.stage, str(u.spec.get("train")), u.spec.get("first_step"), str(u.spec.get("snapshots")),
+                     u.parents["images"].key if "images" in u.parents else "") for u in group}) == 1
+        return single(context, group)
+
+    monkeypatch.setattr(run, "make", spy)
+    todo = missing(store, units(plan(), "tickets"))
+    whole = run._Run(store, todo, "cpu", data_root="data", observe=None)
+    whole.here(16)
+    assert sorted(whole.report.made) == sorted(todo)
+    assert max(len(group) for group in sizes) >= 4  # children of several arms
+    assert all(len(group) == 1 for group in sizes if "ticket" in group[0] and "child" not in group[0])
+
+
+# --- when something goes wrong ---
+def test_a_network_that_diverges_is_kept_and_the_rest_goes_on(store, here):
+    made = plan(lr=1e9)  # on real data alone; small sets have a rate of their own
+    report = compute(store, units(made), device="cpu")
+    assert report.errors == {}
+    assert sorted(report.made) == sorted(closure(units(made)))
+    dense = store.get(made.dense(0, "search").key)
+    assert dense.failed.startswith("diverged at step ")
+    assert dense.tensors == {}
+    ticket = store.get(made.ticket("imp", 0, 1).key)
+    assert ticket.failed == f"parent network (dense network 0, search): {dense.failed}"
+    assert store.get(made.searched("imp", 0, 1).key).failed == f"parent ticket (imp ticket 0, round 1): {ticket.failed}"
+    assert report.failed[ticket.key] == ticket.failed
+    for entry in made.connectivity():
+        assert "diverged at step" in store.get(entry.unit.key).failed
+    for good in (made.small_set("idc", 0), made.ticket("random_real", 0, 2), made.ticket("random", 0, 2),
+                 made.distillation()[0].unit):
+        assert store.get(good.key).failed is None
+        assert good.key not in report.failed
+    assert compute(store, units(made), device="cpu").made == []  # a failure is a result
+
+
+def test_an_error_is_reported_tried_again_and_stops_only_what_needs_it(done, store, here, monkeypatch):
+    made = plan()
+    wanted = [*units(made, "data"), *units(made, "connectivity")]
+    broken = made.ticket("imp", 0, 1)
+
+    def fail(*_):
+        raise ArithmeticError("no such luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "next_ticket", fail)
+        report = compute(store, wanted, device="cpu")
+    assert report.errors[broken.key].endswith("ArithmeticError: no such luck")
+    assert report.failed == {}
+    kept = store.root / "errors" / f"{broken.key}.txt"
+    assert "imp ticket 0, round 1" in kept.read_text()
+    assert not store.has(broken.key)
+    assert not store.has(made.searched("imp", 0, 1).key)
+    assert store.has(made.ticket("random", 0, 2).key)
+    assert store.has(made.connectivity()[0].unit.key)
+    again = compute(store, wanted, device="cpu")
+    assert again.errors == {}
+    assert not kept.exists()
+    assert same(contents(store), contents(done[0], closure(wanted)))
+
+
+def test_what_is_missing_is_the_unit_and_what_it_needs(done, store):
+    unit = plan().ticket("imp", 0, 2)
+    assert list(missing(done[0], [unit])) == []
+    assert set(missing(store, [unit])) == set(closure([unit]))
+    dense = plan().dense(0, "search")
+    run.make(Context(store), [dense])
+    assert set(missing(store, [unit])) == set(closure([unit])) - {dense.key}
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x" if not torch.cuda.is_available() else "mps"])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda"):
+        choose_device(device)
+
+
+def test_auto_takes_a_gpu_where_there_is_one():
+    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu") == "cpu"
+
+
+def test_stages_are_registered_under_the_names_that_are_stored():
+    # a new version makes every stored result of that stage stale: change it when the mathematics changes, and only then
+    from dpkit.stages import STAGES
+
+    assert {name: s.version for name, s in STAGES.items()} == dict.fromkeys(
+        ("distill", "network", "ticket", "path", "plane", "hessian"), 1)
+    assert STAGES["network"].many is make.train_many
