@@ -77,6 +77,8 @@ def bars(table: pd.DataFrame, by: str, column: str, label: str) -> Figure:
     if not len(table):
         return nothing()
     stats = summary(table, [by], column)
+    if not len(stats):
+        return nothing("no network has a result")
     figure, axes = new(6.5, 0.5 * len(stats) + 1.0)
     place = np.arange(len(stats))[::-1]
     axes.barh(place, 100 * stats["mean"], color=[COLOURS.get(n, "#777777") for n in stats[by]], alpha=0.75, height=0.6)
@@ -104,6 +106,8 @@ def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: floa
     if not len(table):
         return nothing()
     stats = summary(table, ["arm", "percent"], column)
+    if not len(stats):
+        return nothing("no network has a result")
     figure, axes = new(7, 4.2)
     dense = stats[stats["arm"] == "dense"]
     if len(dense):
@@ -181,6 +185,8 @@ def curvature(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         return nothing()
     figure, axes = new(2.9 * len(columns), 3.4, columns=len(columns), squeeze=False)
     arms = list(dict.fromkeys(table["arm"]))
+    if table["failed"].notna().all():
+        return nothing("no network has a result")
     for panel, (column, label) in zip(axes[0], columns.items(), strict=True):
         good = table[table["failed"].isna() & (table[column] > 0)]
         for i, arm in enumerate(arms):
@@ -204,6 +210,7 @@ def diagonals(values: Mapping[str, np.ndarray]) -> Figure:
     top = max(float(np.abs(v).max()) for v in values.values())
     edges = np.arcsinh(np.array([-top, top]) / scale)
     bins = scale * np.sinh(np.linspace(*edges, 81))
+    bins[[0, -1]] = -top, top  # rounding must not lose the largest entry
     for arm, v in values.items():
         density, _ = np.histogram(v, bins=bins)
         axes.stairs(density / len(v), bins, color=COLOURS.get(arm), lw=1.6, label=title(arm))

@@ -1,0 +1,187 @@
+"""Commands that look at what is there: status, checks, numbers, lineage, profiles, and carrying artifacts."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dpkit.cli.shared import Profile, Settings, Workers, open_store, out, plan_of, settings_of, short
+
+app = typer.Typer()
+store_app = typer.Typer(help="Carry artifacts between machines.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+
+@app.command()
+def status(profile: Profile = "quick", set: Settings = None, workers: Workers = 0) -> None:
+    """What of a profile is done, missing and failed, and how long the rest will take."""
+    from dpkit import stages
+    from dpkit.progress import duration
+    from dpkit.stages.run import available_cores
+
+    plan, store = plan_of(profile, settings_of(set)), open_store()
+    table = Table("chapter", "units", "done", "missing", "no result", "errors", box=None)
+    everything = {}
+    for name in stages.CHAPTERS:
+        units = stages.closure(e.unit for e in plan.chapter(name))
+        everything |= units
+        done = [k for k in units if store.has(k)]
+        failed = sum(1 for k in done if store.get(k).failed)
+        errors = sum(1 for k in units if not store.has(k) and (store.root / "errors" / f"{k}.txt").exists())
+        table.add_row(name, str(len(units)), str(len(done)), str(len(units) - len(done)), str(failed), str(errors))
+    out.print(table)
+    left = sum(u.cost for k, u in everything.items() if not store.has(k))
+    pace = _pace(store, everything)
+    if not left:
+        out.print("complete")
+    elif pace is None:
+        out.print("time left: unknown until a first unit is done")
+    else:
+        out.print(f"time left: about {duration(left * pace / (workers or available_cores()))} on this machine")
+    for key, unit in everything.items():
+        if store.has(key) and store.get(key).failed and "parent" not in store.get(key).failed:
+            out.print(f"  no result: {escape(unit.label)}: {escape(store.get(key).failed)}")
+
+
+def _pace(store, units) -> float | None:
+    """Seconds for each unit of cost, from the artifacts of this plan that are done."""
+    done = [(u.cost, store.get(k).meta["seconds"]) for k, u in units.items() if store.has(k)]
+    work = sum(cost for cost, _ in done)
+    return sum(seconds for _, seconds in done) / work if work else None
+
+
+@app.command()
+def verify() -> None:
+    """Check every artifact's bytes, key and parents, and whether recorded results still follow from the sources."""
+    from dpkit import project, studies
+
+    store = open_store()
+    count = len(list(store.keys()))
+    wrong = list(store.verify())
+    for key, complaint in wrong:
+        out.print(f"{key[:12]}: {escape(complaint)}")
+    stale = 0
+    for folder in project.recorded_folders():
+        reasons = studies.stale(folder)
+        stale += bool(reasons)
+        for reason in reasons:
+            out.print(f"{short(folder)}: stale, {escape(reason)}")
+    out.print(f"{count} artifacts, {len(wrong)} wrong; {len(project.recorded_folders())} recorded results, {stale} stale")
+    if wrong or stale:
+        raise typer.Exit(1)
+
+
+@app.command()
+def lineage(name: Annotated[str, typer.Argument(metavar="KEY", help="a key's first digits, or a number's name")],
+            profile: Profile = "quick", set: Settings = None,
+            full: Annotated[bool, typer.Option("--full", help="all ancestors, not only three levels")] = False) -> None:
+    """From a number or an artifact back to its parameters, seeds, parents, commit, machine and seconds."""
+    store = open_store()
+    key = _number_key(store, name, profile, settings_of(set)) if "." in name else store.find(name)
+    for depth, role, artifact in store.lineage(key):
+        if depth > 2 and not full:
+            continue
+        meta = artifact.meta
+        machine = meta["machine"]
+        seeds = {k: v for k, v in meta["spec"].items() if "seed" in k}
+        out.print(f"{'  ' * depth}{role}: {escape(meta['label'] or meta['stage'])}  {artifact.key[:12]}  "
+                  f"{meta['seconds']:.1f} s  {meta['created']}  commit {machine['commit']}")
+        if seeds:
+            out.print(f"{'  ' * depth}    seeds {json.dumps(seeds)}")
+        if depth == 0:
+            out.print(f"    key {artifact.key}\n    result {escape(json.dumps(meta['result']))}")
+            out.print(f"    machine {escape(json.dumps(machine))}")
+        if depth == 0 or full:
+            out.print(f"{'  ' * depth}    parameters {escape(json.dumps(meta['spec']))}")
+
+
+def _number_key(store, name: str, profile: str, settings: dict[str, str]) -> str:
+    from dpkit.stages import unknown
+
+    found = {n["name"]: n["key"] for n in _numbers(profile, settings)}
+    if name not in found:
+        raise unknown("number", name, found or ["none yet; run `dpkit study` first"])
+    return store.find(found[name])
+
+
+@app.command()
+def numbers(profile: Profile = "quick", set: Settings = None,
+            as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = False) -> None:
+    """Every number that the book prints, with n, 95% interval and key."""
+    from dpkit.report.format import number_text
+
+    found = _numbers(profile, settings_of(set))
+    if not found:
+        raise ValueError(f"profile {profile} has no numbers yet; run `dpkit study --profile {profile}`")
+    if as_json:
+        for record in found:
+            print(json.dumps(record))
+        return
+    table = Table("number", "value", "95% interval", "n", "key", box=None)
+    for record in found:
+        table.add_row(record["name"], number_text(record, "value"), number_text(record, "interval"), str(record["n"]),
+                      record["key"][:12])
+    out.width = max(out.width, 120)  # a name that is cut short leads nowhere
+    out.print(table)
+
+
+def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
+    """Numbers from the store; where the store lacks them, those recorded in the book, which is said."""
+    from dpkit import project, report, stages
+
+    reason = "the store has none of them"
+    try:
+        plan, store = plan_of(profile, settings), open_store()
+        parts = {part: [(e.place, e.unit.key) for e in getattr(plan, part)()] for part in (*stages.CHAPTERS, "searches")}
+        found = [n.record() for n in report.all_numbers(store, parts)]
+        if found:
+            return found
+    except ValueError as error:
+        reason = str(error)
+        if profile not in stages.profiles():
+            raise
+    for folder in project.recorded_folders():
+        if json.loads((folder / "provenance.json").read_text())["profile"] == project.profile_name(profile):
+            print(f"dpkit: numbers as recorded in {short(folder)} ({reason})", file=sys.stderr)
+            return [json.loads(line) for line in (folder / "numbers.jsonl").read_text().splitlines() if line]
+    return []
+
+
+@app.command()
+def profiles(name: Annotated[str | None, typer.Argument(help="show all parameters of one profile")] = None) -> None:
+    """The profiles, or all parameters of one."""
+    from dpkit import stages
+
+    if name is None:
+        for known, path in stages.profiles().items():
+            out.print(f"{known:16s}{path.read_text().splitlines()[0].lstrip('# ')}")
+        out.print("\nAll parameters of one: dpkit profiles quick")
+        return
+    for key, value in stages.load_study(name).to_dict().items():
+        out.print(f"{key:24s}{escape(json.dumps(value))}")
+
+
+@store_app.command("pack")
+def store_pack(file: Path, profile: Annotated[str | None, typer.Option(help="only what this profile needs")] = None,
+               set: Settings = None) -> None:
+    """Write artifacts to one tar file."""
+    from dpkit import stages
+
+    store, keys = open_store(), None
+    if profile:
+        plan = plan_of(profile, settings_of(set))
+        wanted = stages.closure(e.unit for part in (*stages.CHAPTERS, "searches") for e in getattr(plan, part)())
+        keys = [k for k in wanted if store.has(k)]
+    count = store.pack(file, keys)
+    out.print(f"{count} artifacts in {file}, {file.stat().st_size / 1e6:.1f} MB")
+
+
+@store_app.command("unpack")
+def store_unpack(file: Path) -> None:
+    """Add the artifacts of a packed file, each checked before it appears."""
+    out.print(f"{open_store().unpack(file)} new artifacts")

@@ -1,0 +1,109 @@
+"""Commands that make things: studies, single notebooks, artifacts without notebooks, the book, timings."""
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dpkit.cli.shared import Device, Profile, Settings, Workers, open_store, out, plan_of, settings_of, short
+
+app = typer.Typer()
+
+
+@app.command()
+def study(profile: Profile = "quick", set: Settings = None, out_folder: Annotated[Path | None, typer.Option(
+        "--out", help="folder for executed notebooks, figures and numbers (default book/runs/PROFILE)")] = None,
+        shares: Annotated[int, typer.Option(help="split each chapter into so many jobs, for a cluster", min=1)] = 1,
+        workers: Workers = 0, device: Device = "auto",
+        snakemake: Annotated[list[str] | None, typer.Argument(help="after --: options for Snakemake")] = None) -> None:
+    """Run all notebooks of a profile through the workflow. What exists is not computed again."""
+    from dpkit import studies
+
+    folder = studies.run(profile, settings_of(set), out=out_folder, shares=shares, workers=workers, device=device,
+                         snakemake=snakemake or [])
+    out.print(f"executed notebooks, figures and numbers: {short(folder)}")
+
+
+@app.command()
+def run(notebook: Annotated[str, typer.Argument(help="a notebook's name, such as 03-tickets")],
+        parameter: Annotated[list[str] | None, typer.Option("-p", metavar="NAME VALUE", hidden=True)] = None,
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="where the executed copy goes")] = None,
+        request: Annotated[Path | None, typer.Option(hidden=True)] = None,
+        share: Annotated[str, typer.Option(help="i/n: make only this part of the work")] = "1/1") -> None:
+    """Execute one notebook with other parameters: dpkit run 03-tickets -p width 24 -p rounds 3
+
+    Any parameter of the study may be given (`dpkit profiles` lists them), and profile, store, out, device, workers.
+    """
+    from dpkit import notebooks, project
+
+    given: dict[str, Any] = json.loads(request.read_text())["parameters"] if request else {}
+    for word in parameter or []:
+        name, _, value = word.partition("=")
+        given[name] = value
+    if share != "1/1":
+        given["share"] = share
+    path = notebooks.find(notebook)
+    target = output or project.root() / "results" / "executed" / path.name
+    out.print(short(notebooks.execute(notebook, given, target)))
+
+
+@app.command()
+def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated[list[str] | None, typer.Option(
+        help="only this chapter; repeatable")] = None, share: Annotated[str, typer.Option(help="i/n: only this part")] = "1/1",
+        workers: Workers = 0, device: Device = "auto") -> None:
+    """Make a profile's artifacts without notebooks, for a bare GPU box. Carry them home with `dpkit store pack`."""
+    from dpkit import project, stages
+    from dpkit.progress import duration, observer
+
+    for name in chapter or []:
+        if name not in stages.CHAPTERS:
+            raise stages.unknown("chapter", name, stages.CHAPTERS)
+    device, plan = stages.choose_device(device), plan_of(profile, settings_of(set))
+    units = [u for name in chapter or stages.CHAPTERS for u in plan.share(name, share)]
+    store = open_store()  # after all that may be wrong: nothing is written then
+    if not chapter and share == "1/1":
+        units += [entry.unit for entry in plan.searches()]
+    left = stages.missing(store, units)
+    out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {device}")
+    started = time.monotonic()
+    report = stages.compute(store, units, device=device, workers=workers, data_root=project.data_folder(),
+                            observe=observer("compute"))
+    out.print(f"made {len(report.made)} in {duration(time.monotonic() - started)}, "
+              f"{len(report.failed)} without a result, {len(report.errors)} errors")
+    for text in list(report.failed.values())[:5]:
+        out.print(f"  no result: {escape(text)}")
+    if report.errors:
+        raise RuntimeError(f"{len(report.errors)} units ended in an error, the first: {next(iter(report.errors.values()))}; "
+                           f"see {short(store.root / 'errors')}")
+
+
+@app.command()
+def book(profile: Profile = "quick", out_folder: Annotated[Path | None, typer.Option(
+        "--out", help="build OUT/_build/html (default: the checkout)")] = None) -> None:
+    """Build the HTML book from executed notebooks, warnings as errors, and say where it lies."""
+    from dpkit import book as builder
+
+    front = builder.build(profile, out_folder)
+    out.print(f"the book: {short(front)}\n          {front.resolve().as_uri()}")
+
+
+@app.command()
+def bench(as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = False) -> None:
+    """Time the hot loops against a named reference in the same run; ratios, not seconds, are what counts."""
+    from dpkit import benchmark
+
+    rows = benchmark.run()
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table("work", "ours", "reference", "ratio", "spread", "unit", box=None)
+    for row in rows:
+        table.add_row(row["name"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", f"{row['ratio']:.2f}",
+                      f"{row['low']:.2f} to {row['high']:.2f}", row["unit"])
+    out.print(table)

@@ -1,0 +1,50 @@
+"""What the commands share: their options, and opening what they work on."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+out = Console(soft_wrap=True, highlight=False)
+
+Profile = Annotated[str, typer.Option("--profile", help="a profile's name (see `dpkit profiles`) or the path of a YAML file")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a parameter; repeatable")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda")]
+Workers = Annotated[int, typer.Option(help="processes on a CPU; 0 is one a core", min=0)]
+
+
+def settings_of(words: list[str] | None) -> dict[str, str]:
+    """``key=value`` words as a dictionary."""
+    found = {}
+    for word in words or []:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set takes key=value, got {word!r}")
+        found[key.strip()] = value
+    return found
+
+
+def plan_of(profile: str, settings: dict[str, Any]):
+    """The plan of a study; loads the data set, whose identity is part of every key."""
+    from dpkit import data, project, stages
+
+    study = stages.load_study(profile, settings)
+    return stages.Plan(study, data.load(study.data, project.data_folder()).identity)
+
+
+def open_store():
+    """The store of this checkout."""
+    from dpkit import project
+    from dpkit.store import Store
+
+    return Store(project.store_folder())
+
+
+def short(path: Path) -> str:
+    """A path as seen from here, when it lies below."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
