@@ -107,6 +107,7 @@ def execute(name: str, given: Mapping[str, Any], output: Path) -> Path:
         if temporary.exists():
             os.replace(temporary, kept)
         reason = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error).strip().splitlines()[-1]
+        reason = (reason.strip().splitlines() or ["no reason given"])[0]
         raise Failed(f"notebook {path.stem} failed: {reason}; the executed copy is {kept}") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from dpkit import cli
 
 HERE = Path(__file__).resolve().parents[1]
 NOT_OURS = ("DPKIT_STORE", "DPKIT_DATA", "DPKIT_PROGRESS")
@@ -40,6 +42,27 @@ def checkout(tmp_path, monkeypatch) -> Path:
     folder = make_checkout(tmp_path / "checkout")
     monkeypatch.chdir(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call of the command gave: status, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def dpkit(monkeypatch, capsys) -> Callable[..., Answer]:
+    """Call the command in this process, as its entry point does."""
+    def call(*words: str | Path) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["dpkit", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Answer(ended.value.code or 0, *capsys.readouterr())
+    return call
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,13 @@ def test_targets_are_mixed_by_the_area_that_is_covered():
     assert min(shares) < 0.1 < 0.6 < max(shares)
 
 
+def test_the_box_covers_the_drawn_share_of_the_area():
+    # a large beta draws one half; a box of half the area has side 16 / sqrt(2), cut to whole pixels
+    covered = [1 - float(targets.max(1).values.min()) for _, targets in (mixed(s, beta=1e5, count=9) for s in range(60))]
+    assert max(covered) == pytest.approx(11 * 11 / 16**2)
+    assert min(covered) < 0.35  # where the image's edge cuts it
+
+
 def test_targets_stay_probabilities_and_inputs_stay_as_they_were():
     x, targets = pictures(8), torch.eye(8)
     before = x.clone()

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 BOUNDS = {
     "distill.all_data.accuracy": (0.92, 0.985),  # required: 0.90 to 0.99
     "connectivity.dense.barrier": (0.06, 1.0),  # required: at least 0.05
-    "distill.random_real.accuracy": (0.15, 0.57),  # required: at most 0.60
+    "distill.random_real.accuracy": (0.15, 0.585),  # required: at most 0.60
     "distill.idc_minus_random_real.accuracy": (0.16, 1.0),  # required: at least 0.15
     "connectivity.random.barrier@67": (0.06, 1.0),  # required: at least 0.05
-    "connectivity.imp.barrier@67": (0.0, 0.017),  # required: at most 0.02
+    "connectivity.imp.barrier@67": (0.0, 0.018),  # required: at most 0.02
 }
 
 

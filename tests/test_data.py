@@ -14,8 +14,8 @@ import torch
 import dpkit
 from dpkit.data import DataSpec, Split, load, normalise, per_class_indices, shapes, statistics
 
-TRAIN_SHA = "802eb748d0dec026fdab5fa0ca4e236a56318c2f83c3b3d12e5246e081ae42f1"
-TEST_SHA = "fa0dd79b770328015d7777aad743b76dbba4487428d9629b62e94a9a77595948"
+TRAIN_SHA = "8db23a32ce7fa2e82b9d5836211e82e964e1d6bd1de71091356c55f059221b8e"
+TEST_SHA = "489cf027986b392e83558e59d3bebddf8a3474ba9790c65cbe6c385ba3727f62"
 PROGRAM = """
 import hashlib
 from dpkit.data import shapes

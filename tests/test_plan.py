@@ -62,7 +62,7 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"children": 1}, "children must be >= 2, a path needs two ends; got 1"),
     ("smoke", {"arms": "imp,rigl"}, "arms must be chosen from imp, ltr, distilled, random_real, random; got rigl"),
     ("smoke", {"sets": "dm"}, "sets must be chosen from idc, idc_factor1, random_real, herding; got dm"),
-    ("smoke", {"arms": "random"}, "plane_arms must be chosen from dense, random; got distilled"),
+    ("smoke", {"arms": "random", "plane_arms": "distilled"}, "plane_arms must be chosen from dense, random; got distilled"),
     ("smoke", {"at_rounds": "3"}, "at_rounds must lie in [1, 2], the rounds; got [3]"),
     ("smoke", {"at_rounds": ""}, "at_rounds must name at least one round"),
     ("smoke", {"rewind_epochs": "2"}, "rewind_epochs must lie in (0, 2), got 2"),

@@ -205,6 +205,16 @@ def test_the_loop_trains_each_ticket_and_yields_each_round():
             assert torch.equal(weight, expected)
 
 
+def test_the_loop_rewinds_as_it_is_told():
+    spec, start = PruneSpec(fraction=0.3, rounds=3, scope="weights"), network(0)
+    full = prune.full(MODEL, start[0])
+    for ticket in prune.iterate(spec, lambda ticket: network(50 + ticket.round), start, full):
+        trained = network(50 + ticket.round - 1)[0]
+        assert torch.equal(ticket.params["conv0.bias"], trained["conv0.bias"])
+        kept = ticket.mask["conv0.weight"]
+        assert torch.equal(ticket.params["conv0.weight"][kept], start[0]["conv0.weight"][kept])
+
+
 def test_the_loop_goes_on_from_a_sparse_mask():
     begin, start = sparse(), network(0)
     first = next(prune.iterate(PruneSpec(fraction=0.5, rounds=1), lambda ticket: network(1), start, begin))

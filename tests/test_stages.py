@@ -6,42 +6,14 @@ import itertools
 
 import pytest
 import torch
+from small_study import contents, plan, same, units
 
 from dpkit import data, prune, training
 from dpkit.data import normalise
 from dpkit.models import ModelSpec
-from dpkit.stages import Context, Plan, Study, choose_device, closure, compute, make, missing, run
+from dpkit.stages import Context, closure, compute, make, missing, run
 from dpkit.stages.make import initial, network_of, read_set
 from dpkit.store import Store
-
-TINY = {"train_images": 160, "test_images": 50, "width": 3, "epochs": 2, "batch_size": 32, "ipc": 1, "distill_outer": 2,
-        "distill_inner": 1, "distill_network_images": 32, "set_epochs": 3, "evaluation_seeds": 1, "fraction": 0.4, "rounds": 2,
-        "at_rounds": (2,), "rewind_epochs": 0.5, "seeds": 1, "points": 3, "plane_resolution": 3, "plane_images": 20,
-        "hessian_images": 10, "probes": 2, "lanczos_steps": 2, "plane_arms": ("dense",), "hessian_arms": ("dense", "imp")}
-CHAPTERS = ("data", "distillation", "tickets", "connectivity", "landscape", "hessian")
-
-
-@functools.cache
-def plan(**changes):
-    study = Study(**(TINY | changes))
-    return Plan(study, data.load(study.data).identity)
-
-
-def units(made, *chapters):
-    return [e.unit for c in chapters or CHAPTERS for e in made.chapter(c)]
-
-
-def contents(store, among=None):
-    """Tensors and results by key: all that has to be equal when a computation is repeated."""
-    artifacts = {key: store.get(key) for key in (store.keys() if among is None else among)}
-    return {key: ({n: t.clone() for n, t in a.tensors.items()}, a.result, a.failed) for key, a in artifacts.items()}
-
-
-def same(a, b):
-    """Whether two contents are equal bit for bit."""
-    return a.keys() == b.keys() and all(
-        a[k][1:] == b[k][1:] and a[k][0].keys() == b[k][0].keys()
-        and all(torch.equal(a[k][0][n], b[k][0][n]) for n in a[k][0]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +83,20 @@ def test_a_network_holds_what_it_measured(done):
     assert store.get(made.dense(0, "search").key).result["steps"] == steps
     assert store.get(made.dense(0, "search").key).result["points"] == 320
     assert store.get(made.child("ltr", 0, 2, 0).key).result["steps"] == steps - made.rewind_step
+
+
+@pytest.mark.parametrize("which", ["child of ltr", "search of distilled"])
+def test_a_network_is_trained_from_its_ticket_on_its_images(done, which):
+    store, _ = done
+    made = plan()
+    unit = made.child("ltr", 0, 2, 1) if which == "child of ltr" else made.searched("distilled", 0, 1)
+    dataset, ticket = data.load(made.study.data), store.get(unit.parents["ticket"].key)
+    split = read_set(store.get(unit.parents["images"].key)) if "images" in unit.parents else dataset.train
+    start = [{n: t[None] for n, t in part.items()} for part in (*network_of(ticket), ticket.group("mask"))]
+    found = training.fit(training.TrainSpec(**unit.spec["train"]), ModelSpec(**made.model), split, dataset.mean, dataset.std,
+                         *start[:2], [unit.spec["noise_seed"]], masks=start[2], first_step=unit.spec["first_step"])
+    stored = network_of(store.get(unit.key))[0]
+    assert all(torch.equal(found.params[n][0], t) for n, t in stored.items())
 
 
 def test_a_ticket_holds_its_mask_and_starts_where_it_should(done):
@@ -267,53 +253,6 @@ def test_populations_are_of_networks_that_share_their_settings(store, monkeypatc
     assert all(len(group) == 1 for group in sizes if "ticket" in group[0] and "child" not in group[0])
 
 
-# --- when something goes wrong ---
-def test_a_network_that_diverges_is_kept_and_the_rest_goes_on(store, here):
-    made = plan(lr=1e9)  # on real data alone; small sets have a rate of their own
-    report = compute(store, units(made), device="cpu")
-    assert report.errors == {}
-    assert sorted(report.made) == sorted(closure(units(made)))
-    dense = store.get(made.dense(0, "search").key)
-    assert dense.failed.startswith("diverged at step ")
-    assert dense.tensors == {}
-    ticket = store.get(made.ticket("imp", 0, 1).key)
-    assert ticket.failed == f"parent network (dense network 0, search): {dense.failed}"
-    assert store.get(made.searched("imp", 0, 1).key).failed == f"parent ticket (imp ticket 0, round 1): {ticket.failed}"
-    assert report.failed[ticket.key] == ticket.failed
-    for entry in made.connectivity():
-        assert "diverged at step" in store.get(entry.unit.key).failed
-    for good in (made.small_set("idc", 0), made.ticket("random_real", 0, 2), made.ticket("random", 0, 2),
-                 made.distillation()[0].unit):
-        assert store.get(good.key).failed is None
-        assert good.key not in report.failed
-    assert compute(store, units(made), device="cpu").made == []  # a failure is a result
-
-
-def test_an_error_is_reported_tried_again_and_stops_only_what_needs_it(done, store, here, monkeypatch):
-    made = plan()
-    wanted = [*units(made, "data"), *units(made, "connectivity")]
-    broken = made.ticket("imp", 0, 1)
-
-    def fail(*_):
-        raise ArithmeticError("no such luck")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prune, "next_ticket", fail)
-        report = compute(store, wanted, device="cpu")
-    assert report.errors[broken.key].endswith("ArithmeticError: no such luck")
-    assert report.failed == {}
-    kept = store.root / "errors" / f"{broken.key}.txt"
-    assert "imp ticket 0, round 1" in kept.read_text()
-    assert not store.has(broken.key)
-    assert not store.has(made.searched("imp", 0, 1).key)
-    assert store.has(made.ticket("random", 0, 2).key)
-    assert store.has(made.connectivity()[0].unit.key)
-    again = compute(store, wanted, device="cpu")
-    assert again.errors == {}
-    assert not kept.exists()
-    assert same(contents(store), contents(done[0], closure(wanted)))
-
-
 def test_what_is_missing_is_the_unit_and_what_it_needs(done, store):
     unit = plan().ticket("imp", 0, 2)
     assert list(missing(done[0], [unit])) == []
@@ -321,17 +260,6 @@ def test_what_is_missing_is_the_unit_and_what_it_needs(done, store):
     dense = plan().dense(0, "search")
     run.make(Context(store), [dense])
     assert set(missing(store, [unit])) == set(closure([unit])) - {dense.key}
-
-
-@pytest.mark.parametrize("device", ["gpu", "tpu", "", "cuda:x" if not torch.cuda.is_available() else "mps"])
-def test_an_unknown_device_is_refused(device):
-    with pytest.raises(ValueError, match="device must be auto, cpu or cuda"):
-        choose_device(device)
-
-
-def test_auto_takes_a_gpu_where_there_is_one():
-    assert choose_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert choose_device("cpu") == "cpu"
 
 
 def test_stages_are_registered_under_the_names_that_are_stored():

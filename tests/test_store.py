@@ -172,10 +172,14 @@ def test_a_kill_in_the_middle_leaves_nothing_half(store, moment):
 def test_a_checkpoint_is_replaced_in_one_step_and_goes_with_the_result(store):
     key = key_for("test", 1, {"number": 0, "rate": 0.5}, {})
     assert store.load_partial(key) is None
-    for step in (1, 2):
-        store.save_partial(key, {"step": torch.tensor(step), "w": torch.full((3,), float(step))})
-        assert int(store.load_partial(key)["step"]) == step
-        assert len(list((store.root / "partial").iterdir())) == 1
+    store.save_partial(key, {"step": torch.tensor(1)})
+    with open(store.partial(key), "rb") as reader:
+        before = reader.read()
+        store.save_partial(key, {"step": torch.tensor(2), "w": torch.ones(3)})
+        reader.seek(0)
+        assert reader.read() == before  # the old file is whole until the new one is
+    assert int(store.load_partial(key)["step"]) == 2
+    assert len(list((store.root / "partial").iterdir())) == 1
     assert add(store) == key
     assert store.load_partial(key) is None
     assert list((store.root / "partial").iterdir()) == []

@@ -124,6 +124,14 @@ def test_each_epoch_sees_each_image_once(split):
     assert not torch.equal(training.batch(PLAIN, x, targets, 8, 0)[0], batches[0][0])
 
 
+def test_each_step_augments_anew():
+    x, targets = torch.randn(8, 3, 8, 8)[:1].expand(8, -1, -1, -1), torch.eye(3)[[0] * 8]
+    batches = [training.batch(FULL.replace(cutmix=0), x, targets, 7, step)[0] for step in range(8)]
+    assert len(torch.unique(torch.cat(batches).flatten(1), dim=0)) == 64
+    again = training.batch(FULL.replace(cutmix=0), x, targets, 7, 5)[0]
+    assert torch.equal(again, batches[5])
+
+
 def test_the_loop_uses_the_batches_that_can_be_asked_for(split):
     params, buffers = start()
     found = train(FULL, split, networks=(params, buffers))

@@ -73,7 +73,10 @@ def main() -> None:
     from dpkit.store import Missing
 
     try:
-        sys.exit(app(args=joined(sys.argv[1:]), prog_name="dpkit", standalone_mode=False) or 0)
+        code = app(args=joined(sys.argv[1:]), prog_name="dpkit", standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         print("dpkit: stopped; the same command continues where it was", file=sys.stderr)
         sys.exit(130)

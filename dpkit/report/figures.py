@@ -180,13 +180,13 @@ def planes(grids: Mapping[str, Mapping[str, np.ndarray]], value: str = "errors")
 
 
 def curvature(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
-    """One panel for each measure in ``columns`` (column -> label): mean and 95% interval over seeds, log scale."""
+    """One panel for each measure in ``columns`` (column -> label): seeds as dots, their geometric mean, log scale."""
     if not len(table):
         return nothing()
-    figure, axes = new(2.9 * len(columns), 3.4, columns=len(columns), squeeze=False)
-    arms = list(dict.fromkeys(table["arm"]))
     if table["failed"].notna().all():
         return nothing("no network has a result")
+    figure, axes = new(2.9 * len(columns), 3.4, columns=len(columns), squeeze=False)
+    arms = list(dict.fromkeys(table["arm"]))
     for panel, (column, label) in zip(axes[0], columns.items(), strict=True):
         good = table[table["failed"].isna() & (table[column] > 0)]
         for i, arm in enumerate(arms):
