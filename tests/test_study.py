@@ -68,8 +68,8 @@ def test_every_planned_unit_is_in_the_store_and_nothing_else(study):
 def test_numbers_and_verdicts_are_written_for_the_book(study):
     text = (study.folder / "numbers.jsonl").read_text(encoding="utf-8")
     numbers = form.parse_numbers(text, "numbers.jsonl")
-    for chapter in ("distill.idc.accuracy", "tickets.imp.accuracy@67", "connectivity.dense.barrier", "landscape.dense.highest_error",
-                    "hessian.dense.trace"):
+    for chapter in ("distill.idc.accuracy", "tickets.imp.accuracy@67", "connectivity.dense.barrier",
+                    "landscape.dense.highest_error", "hessian.dense.trace"):
         assert chapter in numbers
     assert all((study.store / record["key"][:2] / record["key"] / "meta.json").is_file() for record in numbers.values())
     rows = form.parse_verdicts((study.folder / "verdicts.json").read_text(encoding="utf-8"), "verdicts.json")
@@ -138,7 +138,7 @@ def test_a_share_makes_its_part_with_equal_bits_and_no_more(study, tmp_path):
     notebooks.execute("03-tickets", given, tmp_path / "out" / "03-tickets.ipynb")
     check_notebook(tmp_path / "out" / "03-tickets.ipynb")
     one, whole = Store(tmp_path / "store"), Store(study.store)
-    made = {key for key in one.keys() if one.get(key).meta["stage"] != "number"}
+    made = {key for key in keys(one.root) if one.get(key).meta["stage"] != "number"}
     plan = cli.plan_of("smoke", {})
     mine, other = (set(stages.closure(plan.share("tickets", share))) for share in ("1/2", "2/2"))
     assert made == mine
@@ -164,10 +164,10 @@ def test_a_notebook_that_fails_ends_the_study_in_one_line_and_leaves_no_output(c
 # --- stale ------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def record(study, tmp_path) -> Path:
+def record(smoke, tmp_path) -> Path:
     """A copy of the executed study, to spoil."""
-    with study.alone():
-        return Path(shutil.copytree(study.folder, tmp_path / "smoke"))
+    with smoke.alone():
+        return Path(shutil.copytree(smoke.folder, tmp_path / "smoke"))
 
 
 def change(folder: Path, *place: str, value) -> None:
@@ -181,7 +181,7 @@ def change(folder: Path, *place: str, value) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_a_fresh_record_is_not_stale(record):
+def test_a_fresh_record_is_not_stale(study, record):
     assert studies.stale(record) == []
 
 
@@ -189,17 +189,17 @@ def test_a_fresh_record_is_not_stale(record):
     (("notebooks", "03-tickets"), "0" * 64, "notebook 03-tickets has changed since"),
     (("stages", "hessian"), 0, "stage hessian is now version 1, recorded with 0"),
     (("settings", "epochs"), 3, "epochs of profile smoke is now 2, recorded with 3")])
-def test_a_record_is_stale_when_something_behind_it_changed(record, place, value, reason):
+def test_a_record_is_stale_when_something_behind_it_changed(study, record, place, value, reason):
     change(record, *place, value=value)
     assert studies.stale(record) == [reason]
 
 
-def test_a_record_is_stale_when_a_notebook_is_missing(record):
+def test_a_record_is_stale_when_a_notebook_is_missing(study, record):
     (record / "05-landscape.ipynb").unlink()
     assert studies.stale(record) == ["the executed 05-landscape is missing"]
 
 
-def test_other_data_do_not_make_a_record_stale(record):
+def test_other_data_do_not_make_a_record_stale(study, record):
     change(record, "settings", "dataset", value="npz:elsewhere.npz")
     assert studies.stale(record) == []
 
@@ -207,8 +207,7 @@ def test_other_data_do_not_make_a_record_stale(record):
 def test_verify_tells_of_stale_records(checkout, record, dpkit):
     target = checkout / "book" / "runs" / "smoke"
     shutil.copytree(record, target)
-    project_folder = project.recorded_folders()
-    assert project_folder == [target]
+    assert project.recorded_folders() == [target]
     path = checkout / "notebooks" / "03-tickets.ipynb"
     book = nbformat.read(path, as_version=4)
     book.cells[0].source += " Edited."

@@ -1,4 +1,4 @@
-"""Tiny networks, images and helpers that the tests of training and of what builds on it share."""
+"""Tiny networks, images and functions that the tests of training and of what builds on it share."""
 
 from __future__ import annotations
 
