@@ -99,9 +99,10 @@ def _whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "bl
 
 
 def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
-    """``column`` in percent against sparsity, a line an arm, 95% intervals over seeds; the dense network as a band.
+    """``column`` in percent against sparsity: a line an arm, a dot a seed, 95% intervals; the dense network as a band.
 
-    rule: a threshold to draw, as a fraction.
+    rule: a threshold to draw, as a fraction. The axis is then linear up to the threshold and logarithmic above, since
+    what matters is on which side a value lies.
     """
     if not len(table):
         return nothing()
@@ -121,10 +122,19 @@ def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: floa
         axes.plot(x, 100 * part["mean"], color=COLOURS.get(arm), marker=MARKERS.get(arm, "o"), markersize=5,
                   label=f"{title(arm)} (n = {part['n'].min()})")
         _whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=COLOURS.get(arm, "black"))
+        good = table[(table["arm"] == arm) & table["failed"].isna()]
+        for place, percent in zip(x, part["percent"], strict=True):
+            seeds = 100 * good[good["percent"] == percent].groupby("seed")[column].mean()
+            axes.plot(np.full(len(seeds), place), seeds, "o", color=COLOURS.get(arm), markersize=3, alpha=0.5)
     if rule is not None:
+        axes.set_yscale("symlog", linthresh=100 * rule, linscale=0.8)
+        ticks = [0, 1, 2, 5, 10, 20, 50]
+        axes.set_yticks(ticks, [str(t) for t in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(-0.15, 100)
         axes.axhline(100 * rule, color="#B00000", lw=1, ls=":")
-        axes.annotate(f"{100 * rule:g} points: stable below", (1, 100 * rule), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom", fontsize=8, color="#B00000")
+        axes.annotate(f"stable: below {100 * rule:g} points", (0.5, 100 * rule), xycoords=("axes fraction", "data"), ha="center",
+                      va="bottom", fontsize=8, color="#B00000")
     axes.set(xlabel="sparsity (% of weights removed)", ylabel=label)
     axes.set_xticks(sorted({int(p) for p in stats["percent"] if p}))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
@@ -175,7 +185,8 @@ def planes(grids: Mapping[str, Mapping[str, np.ndarray]], value: str = "errors")
         panel.set_aspect("equal")
         panel.grid(False)
     axes[0][0].set_ylabel("distance along the second axis")
-    figure.colorbar(shown, ax=axes[0].tolist(), label="test error (%)" if value == "errors" else "loss (nats)", shrink=0.85)
+    figure.colorbar(shown, ax=axes[0].tolist(), label="test error (%)" if value == "errors" else "loss (nats)", shrink=0.85,
+                    format="%.3g")
     return figure
 
 
@@ -196,6 +207,9 @@ def curvature(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
             if len(values):
                 panel.plot([i - 0.25, i + 0.25], [np.exp(np.log(values).mean())] * 2, color=colour, lw=2.5)
         panel.set(yscale="log", title=label)
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:.3g}")
+        panel.tick_params(axis="y", which="both", labelsize=8)
         panel.set_xticks(range(len(arms)), [a.replace("_", "\n") for a in arms], fontsize=8)
         panel.grid(axis="x", visible=False)
     return figure
