@@ -14,6 +14,7 @@ from torch import Tensor
 from dpkit.data import _torchvision, shapes
 from dpkit.data.split import Split
 from dpkit.spec import Spec
+from dpkit.tree import generator_for
 
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "mnist": "MNIST",
                "fashionmnist": "FashionMNIST", "imagenette": "Imagenette"}
@@ -167,9 +168,14 @@ def _checked(images: np.ndarray, labels: np.ndarray, where: str) -> Split:
 
 
 def _resized(paths: list[tuple[str, int]], side: int) -> Split:
-    """Images read with PIL, shorter side resized to ``side``, centre-cropped."""
+    """Images read with PIL, shorter side resized to ``side``, centre-cropped, in a fixed shuffled order.
+
+    Folders list one class after another; the first N of a shuffled list are a sample of all classes.
+    """
     from PIL import Image, UnidentifiedImageError
 
+    order = torch.randperm(len(paths), generator=generator_for("folder", len(paths)))
+    paths = [paths[i] for i in order.tolist()]
     pixels = np.empty((len(paths), 3, side, side), dtype=np.uint8)
     for row, (path, _) in enumerate(paths):
         try:
