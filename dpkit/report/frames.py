@@ -35,7 +35,8 @@ def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], stage: st
         artifact = store.get(key)
         result = {k: v for k, v in artifact.meta["result"].items() if not isinstance(v, (dict, list))}
         # processor seconds do not grow when the machine is busy with other things; a GPU's time is wall time
-        spent = artifact.meta["cpu_seconds"] if artifact.meta.get("device") == "cpu" else artifact.meta["seconds"]
+        wall = artifact.meta["seconds"]
+        spent = artifact.meta.get("cpu_seconds", wall) if artifact.meta.get("device") == "cpu" else wall
         records.append({**place, **result, "seconds": spent, "failed": artifact.failed, "key": key})
     table = pd.DataFrame.from_records(records)
     places = [name for place, _ in rows for name in place]
