@@ -136,10 +136,10 @@ class Chapter:
         machines = [json.loads(m) for m in sorted(machine)]
         keys = {key for part in self.parts for entry in getattr(self.plan, part)()
                 for key in stages.closure([entry.unit]) if self.store.has(key)}
-        seconds = sum(self.store.get(key).meta["seconds"] for key in keys)
+        seconds = sum(report.spent(self.store.get(key)) for key in keys)
         rows = {"data": self.dataset.description, "network": f"{self.study.arch}, width {self.study.width}",
                 "profile": project.profile_name(self.profile), "share": self.share, "artifacts": str(len(keys)),
-                "computing time": f"{seconds:,.0f} core-seconds",
+                "computing time": f"{seconds:,.0f} seconds of one core (or of the GPU)",
                 "machine": "; ".join(sorted({f"{m['accelerator'] or m['processor']}, {m['cores']} cores" for m in machines})),
                 "software": "; ".join(sorted({f"torch {m['torch']}, Python {m['python']}" for m in machines})),
                 "commit": ", ".join(sorted({m["commit"] for m in machines}))}

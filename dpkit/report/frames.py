@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from dpkit.statistics import mean_interval
-from dpkit.store import Store
+from dpkit.store import Artifact, Store
 
 #: how the arms and sets are called in figures and tables
 TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound to early step",
@@ -22,6 +22,15 @@ MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
                         "diagonal_negative", "diagonal_error", "products")}
 
 
+def spent(artifact: Artifact) -> float:
+    """Seconds that making an artifact took: of the processor on a CPU, by the clock on a GPU.
+
+    Processor seconds do not grow when the machine is busy with other things.
+    """
+    clock = artifact.meta["seconds"]
+    return artifact.meta.get("cpu_seconds", clock) if artifact.meta.get("device") == "cpu" else clock
+
+
 def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], stage: str = "") -> pd.DataFrame:
     """One row for each (place, key): the place, the artifact's plain results, its seconds, ``failed`` and ``key``.
 
@@ -34,10 +43,7 @@ def frame(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], stage: st
             continue
         artifact = store.get(key)
         result = {k: v for k, v in artifact.meta["result"].items() if not isinstance(v, (dict, list))}
-        # processor seconds do not grow when the machine is busy with other things; a GPU's time is wall time
-        wall = artifact.meta["seconds"]
-        spent = artifact.meta.get("cpu_seconds", wall) if artifact.meta.get("device") == "cpu" else wall
-        records.append({**place, **result, "seconds": spent, "failed": artifact.failed, "key": key})
+        records.append({**place, **result, "seconds": spent(artifact), "failed": artifact.failed, "key": key})
     table = pd.DataFrame.from_records(records)
     places = [name for place, _ in rows for name in place]
     wanted = dict.fromkeys([*places, *MEASURES.get(stage, ()), "seconds", "failed", "key"])
