@@ -25,7 +25,8 @@ from dpkit.cli import main
 main()
 """
 
-TINY = ["train_images=200", "test_images=40", "width=2", "epochs=1", "ipc=1", "distill_outer=1", "distill_inner=1", "set_epochs=1",
+TINY = ["train_images=200", "test_images=40", "width=2", "epochs=1", "ipc=1", "distill_outer=1", "distill_inner=1",
+        "set_epochs=1",
         "evaluation_seeds=1", "seeds=1", "plane_resolution=2", "plane_images=10", "hessian_images=10", "probes=2",
         "lanczos_steps=1", "points=3"]
 
