@@ -51,16 +51,20 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def site(smoke, tmp_path_factory) -> Site:
-    """The book of the smoke study, built with warnings as errors in a checkout of its own."""
-    root = tmp_path_factory.mktemp("book") / "checkout"
+def site(smoke) -> Site:
+    """The book of the smoke study, built once with warnings as errors in a checkout of its own."""
+    root = smoke.root.parent / "book" / "checkout"
+    ready = root.parent / "ready"
     with smoke.alone():
-        shutil.copytree(smoke.root, root, ignore=shutil.ignore_patterns("results"))
-    done = subprocess.run([sys.executable, "-m", "dpkit", "book", "--profile", "smoke"], cwd=root, env=clean_environment(),
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    address = re.search(r"file://(\S+)", done.stdout)
-    assert address, done.stdout
+        if not ready.exists():
+            shutil.rmtree(root, ignore_errors=True)
+            shutil.copytree(smoke.root, root, ignore=shutil.ignore_patterns("results"))
+            done = subprocess.run([sys.executable, "-m", "dpkit", "book", "--profile", "smoke"], cwd=root,
+                                  env=clean_environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            ready.write_text(done.stdout, encoding="utf-8")
+    address = re.search(r"file://(\S+)", ready.read_text(encoding="utf-8"))
+    assert address, "the command does not say where the book lies"
     front = Path(address[1])
     assert front.is_file()
     assert root in front.parents

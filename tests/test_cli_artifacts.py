@@ -227,7 +227,9 @@ def test_ctrl_c_stops_cleanly_and_keeps_what_is_finished(dpkit, checkout):
     (checkout / "long.yml").write_text("train_images: 2000\nwidth: 8\nepochs: 6\nseeds: 20\n", encoding="utf-8")
     words = ["compute", "--profile", "long.yml", "--chapter", "data", "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "dpkit", *words], env=clean_environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               # a shell's background job hands down a SIGINT that is ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     store = checkout / "results" / "store"
     try:
         while process.poll() is None and not list(store.glob("??/*/meta.json")):
