@@ -2,6 +2,10 @@
 
 A spec is the only thing that decides what a computation does, so its canonical form decides the key under which the
 result is stored. Python tells ``1`` from ``1.0`` and JSON does too; both must give the same key, hence the coercion.
+
+A specification may grow a field when results exist already. :func:`later` declares such a field together with the value that
+describes what was done before there was a choice; while it has that value it is left out of the canonical form, so old
+keys stay valid, and any other value gives a key of its own.
 """
 from __future__ import annotations
 
@@ -90,6 +94,14 @@ def parse(name: str, text: Any, kind: Any) -> Any:
     return coerce(name, text, kind)
 
 
+def later(default: Any, *, before: Any) -> Any:
+    """A field that was added when keys existed: left out of :meth:`Spec.to_dict` while it equals ``before``.
+
+    ``before`` is a fact about the past and never changes; ``default`` may, and then new keys follow it.
+    """
+    return dataclasses.field(default=default, metadata={"before": before})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """Base of every specification. Subclasses list typed fields with defaults and override :meth:`check`."""
@@ -123,8 +135,13 @@ class Spec:
         self.require(inside, f"{name} must lie in {interval}, got {value:g}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, defaults included, as plain JSON values."""
-        return json.loads(canonical_json(dataclasses.asdict(self)))
+        """All fields, defaults included, as plain JSON values; those of :func:`later` only where they matter."""
+        found: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if "before" not in field.metadata or value != field.metadata["before"]:
+                found[field.name] = value.to_dict() if isinstance(value, Spec) else value
+        return json.loads(canonical_json(found))
 
     def replace(self, **changes: Any) -> typing.Self:
         """A copy with some fields changed, validated again."""

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from dpkit.data import AugmentSpec, apply, augment, cutmix, draw
-from dpkit.data.augment import OPERATIONS, Draw
+from dpkit.data import AugmentSpec, Mix, apply, apply_cutmix, augment, cutmix, draw, draw_cutmix
+from dpkit.data.augment import OPERATIONS, Draw, _paste_at_once
 
 ALL = "_".join(OPERATIONS)
 NOTHING = {
@@ -277,3 +277,16 @@ def test_half_of_the_batches_are_mixed():
 
 def test_equal_seeds_mix_equally():
     assert all(torch.equal(a, b) for a, b in zip(mixed(7), mixed(7), strict=True))
+
+
+def test_mixes_of_many_batches_are_pasted_alike_in_both_ways():
+    sizes = (5, 4, 6, 1)
+    x, targets = torch.randn(16, 3, 8, 12), torch.softmax(torch.randn(16, 4), 1)
+    parts = [draw_cutmix(n, (8, 12), generator(n), probability=p) for n, p in zip(sizes, (1, 0, 1, 1), strict=True)]
+    images, mixed = apply_cutmix(x, targets, Mix.join(parts))
+    alone = [apply_cutmix(a, b, part) for a, b, part in zip(x.split(sizes), targets.split(sizes), parts, strict=True)]
+    assert torch.equal(images, torch.cat([a for a, _ in alone])) and torch.equal(mixed, torch.cat([b for _, b in alone]))
+    assert torch.equal(images[5:9], x[5:9]) and not torch.equal(images, x)
+    joined = Mix.join(parts)
+    edges = torch.tensor([box[1:] for box in joined.boxes]).T.repeat_interleave(torch.tensor(sizes), 1)
+    assert torch.equal(_paste_at_once(x, joined.order, joined, edges), images), "the form for a GPU"

@@ -13,12 +13,12 @@ ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"spec", "tree"}
-LOOP = BASE | {"data", "models", "training"}
+LOOP = BASE | {"cores", "data", "models", "training"}
 METHODS = ("distill", "prune", "connectivity", "landscape", "hessian")
 #: what each room may import; everything that is not named here stands above and is imported by none of them
 LADDER = {
-    "spec": set(), "statistics": set(), "tree": {"spec"}, "store": BASE, "data": BASE, "models": BASE,
-    "training": BASE | {"data", "models"},
+    "spec": set(), "statistics": set(), "cores": set(), "tree": {"spec"}, "store": BASE, "data": BASE, "models": BASE,
+    "training": BASE | {"cores", "data", "models"},
     **dict.fromkeys(METHODS, LOOP | {"statistics"}),
     "stages": LOOP | {*METHODS, "store", "statistics"},
     "report": BASE | {"store", "statistics"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tiny import (
     train,
 )
 
-from dpkit.training import Diverged, State
+from dpkit.training import Diverged, State, gradient
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,39 @@ def test_networks_together_equal_each_alone(split, model):
 
 
 @pytest.mark.parametrize("model", [MODEL, BATCH_NORM], ids=["instance", "batch"])
-def test_vmap_agrees_with_one_by_one(split, model):
+def test_every_form_agrees_with_one_by_one(split, model):
     networks = start(model, 2)
-    options = {"model": model, "seeds": (3, 4), "networks": networks, "masks": some_masks(networks[0])}
-    solo, together = (train(FULL, split, form=form, **options) for form in ("solo", "vmap"))
-    torch.testing.assert_close(together.losses, solo.losses, atol=1e-4, rtol=1e-3)
-    close(together.params, solo.params, atol=1e-4)
-    close(together.buffers, solo.buffers, atol=1e-4)
-    assert all(not together.params[n][~m].any() for n, m in options["masks"].items())
+    options = {"model": model, "seeds": (3, 4), "networks": networks, "masks": some_masks(networks[0]), "snapshots": [2]}
+    solo, graphs, vmap = (train(FULL, split, form=form, **options) for form in ("solo", "graphs", "vmap"))
+    assert (solo.form, graphs.form, vmap.form) == ("solo", "graphs", "vmap")
+    # the recording, run as it is where there is no GPU, is the same computation
+    assert equal(graphs.params, solo.params) and equal(graphs.buffers, solo.buffers)
+    assert equal(graphs.snapshots[2][0], solo.snapshots[2][0]) and equal(graphs.snapshots[2][1], solo.snapshots[2][1])
+    torch.testing.assert_close(vmap.losses, solo.losses, atol=1e-4, rtol=1e-3)
+    close(vmap.params, solo.params, atol=1e-4)
+    close(vmap.buffers, solo.buffers, atol=1e-4)
+    assert all(not vmap.params[n][~m].any() for n, m in options["masks"].items())
+
+
+def test_the_fastest_form_is_found_by_timing_and_a_broken_one_left_out(split, monkeypatch):
+    class Slow(gradient.Solo):
+        def __call__(self, images, targets):
+            time.sleep(0.05)
+            return super().__call__(images, targets)
+
+    class Broken(gradient.Solo):
+        def __call__(self, images, targets):
+            raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gradient, "FORMS", {"slow": Slow, "broken": Broken, "solo": gradient.Solo})
+    networks = start(BATCH_NORM, 2)
+    options = {"model": BATCH_NORM, "seeds": (3, 4), "networks": networks}
+    with pytest.warns(UserWarning, match=r"form broken does not work here and is left out \(no such kernel\)"):
+        found = train(FULL, split, form="fastest", **options)
+    assert found.form == "solo"
+    assert equal(found.buffers, train(FULL, split, form="solo", **options).buffers), "the trial must leave no trace"
+    with pytest.raises(ValueError, match="form must be auto, fastest, slow, broken, solo; got 'threads'"):
+        train(FULL, split, form="threads", **options)
 
 
 # --- stopping and going on ---

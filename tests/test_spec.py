@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dpkit.spec import Spec, canonical_json, coerce, parse
+from dpkit.spec import Spec, canonical_json, coerce, later, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,3 +186,21 @@ def test_coercion_never_loses_anything():
 def test_what_json_cannot_say_is_refused(value):
     with pytest.raises(ValueError, match="JSON"):
         canonical_json({"x": value})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grown(Spec):
+    a: int = 1
+    b: float = later(0.5, before=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Around(Spec):
+    inner: Grown = dataclasses.field(default_factory=Grown)
+    c: bool = later(False, before=False)
+
+
+def test_a_field_that_came_later_shows_only_where_it_matters():
+    assert Around().to_dict() == {"inner": {"a": 1, "b": 0.5}}, "a default that is not what was done before is said"
+    assert Around(inner=Grown(b=0)).to_dict() == {"inner": {"a": 1}}
+    assert Around(inner={"a": 1}, c=True).to_dict() == {"inner": {"a": 1, "b": 0.5}, "c": True}

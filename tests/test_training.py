@@ -24,9 +24,10 @@ from tiny import (
     train,
 )
 
-from dpkit import models, prune, training, tree
-from dpkit.data import Split, normalise
-from dpkit.training import TrainSpec, evaluate
+import dpkit.training.batches
+from dpkit import models, prune, tree
+from dpkit.data import AugmentSpec, Split, normalise
+from dpkit.training import Batches, TrainSpec, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -112,32 +113,103 @@ def test_schedules_by_hand():
     assert rates("onecycle", 4, warmup=0) == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
-def test_each_epoch_sees_each_image_once(split):
-    x, targets = torch.arange(20).float().view(20, 1, 1, 1), split.targets(3)
-    batches = [training.batch(PLAIN, x, targets, 7, step) for step in range(6)]
-    assert [len(b[0]) for b in batches] == [8, 8, 4, 8, 8, 4]
-    epochs = [torch.cat([b[0].flatten() for b in batches[e : e + 3]]).long() for e in (0, 3)]
-    for seen in epochs:
-        assert seen.sort().values.tolist() == list(range(20))
+def batches(spec, split, count, seed=7, **changes):
+    source = Batches(spec.replace(**changes), split, MEAN, STD, 3)
+    return [source.step(seed, step) for step in range(count)]
+
+
+def test_each_epoch_sees_each_image_once():
+    numbered = Split(torch.arange(20.0).view(20, 1, 1, 1) / 20, torch.arange(20) % 3)
+    source = Batches(PLAIN, numbered, torch.zeros(1), torch.full((1,), 1 / 20), 3)
+    seen = [source.step(7, step) for step in range(6)]
+    assert [len(x) for x, _ in seen] == [8, 8, 4, 8, 8, 4]
+    epochs = [torch.cat([x.flatten() for x, _ in seen[e:e + 3]]).round().long() for e in (0, 3)]
+    for epoch in epochs:
+        assert epoch.sort().values.tolist() == list(range(20))
     assert not torch.equal(*epochs)
-    assert torch.equal(torch.cat([b[1] for b in batches[:3]]), targets[epochs[0]])
-    assert not torch.equal(training.batch(PLAIN, x, targets, 8, 0)[0], batches[0][0])
+    assert torch.equal(torch.cat([y for _, y in seen[:3]]), numbered.targets(3)[epochs[0]])
+    assert not torch.equal(source.step(8, 0)[0], seen[0][0])
 
 
-def test_each_step_augments_anew():
-    x, targets = torch.randn(8, 3, 8, 8)[:1].expand(8, -1, -1, -1), torch.eye(3)[[0] * 8]
-    batches = [training.batch(FULL.replace(cutmix=0), x, targets, 7, step)[0] for step in range(8)]
-    assert len(torch.unique(torch.cat(batches).flatten(1), dim=0)) == 64
-    again = training.batch(FULL.replace(cutmix=0), x, targets, 7, 5)[0]
-    assert torch.equal(again, batches[5])
+def test_each_step_augments_anew(split):
+    one = Split(split.images[:1].expand(8, -1, -1, -1), split.labels[:1].expand(8))
+    seen = [x for x, _ in batches(FULL, one, 8, cutmix=0)]
+    assert len(torch.unique(torch.cat(seen).flatten(1), dim=0)) == 64
+    assert torch.equal(batches(FULL, one, 6, cutmix=0)[5][0], seen[5])
+
+
+@pytest.mark.parametrize("operations", ["", "color_crop_flip_scale_rotate", "color_flip_cutout"])
+def test_batches_made_together_are_the_same_bits(split, operations):
+    spec = FULL.replace(cutmix=0.5, augment=AugmentSpec(operations=operations), batch_size=6)
+    source = Batches(spec, split, MEAN, STD, 3)
+    together = source.take(7, 2, 1, 9)
+    assert [len(x) for x, _ in together] == [6, 6, 2], "an epoch's end is an end"
+    for i, (x, y) in enumerate(together):
+        alone = source.step(7, 2 * 4 + 1 + i)
+        assert torch.equal(x, alone[0]) and torch.equal(y, alone[1])
+
+
+def test_training_does_not_depend_on_how_many_batches_are_made_together(split, monkeypatch):
+    runs = []
+    for values in (1, 10**9):
+        monkeypatch.setitem(dpkit.training.batches.TOGETHER, "cpu", values)
+        runs.append(train(FULL, split, seeds=(3, 4), networks=start(MODEL, 2)).params)
+    assert equal(*runs)
 
 
 def test_the_loop_uses_the_batches_that_can_be_asked_for(split):
     params, buffers = start()
     found = train(FULL, split, networks=(params, buffers))
-    x, y = training.batch(FULL, normalise(split.images, MEAN, STD), split.targets(3), 7, 0)
+    (x, y), = batches(FULL, split, 1)
     logits, _ = models.forward(MODEL, {n: t[0] for n, t in params.items()}, {}, x, train=True)
     torch.testing.assert_close(found.losses[0, 0], F.cross_entropy(logits, y))
+
+
+# --- options of short schedules ---
+def test_label_smoothing_is_that_of_torch(split):
+    params, buffers = start()
+    found = train(PLAIN.replace(label_smoothing=0.2), split, networks=(params, buffers))
+    (x, _), = batches(PLAIN, split, 1)
+    order = torch.randperm(20, generator=tree.generator_for(7, "order", 0))[:8]
+    logits, _ = models.forward(MODEL, {n: t[0] for n, t in params.items()}, {}, x, train=True)
+    torch.testing.assert_close(found.losses[0, 0], F.cross_entropy(logits, split.labels[order], label_smoothing=0.2))
+
+
+def test_nesterov_steps_equal_those_of_torch(split):
+    params, buffers = start()
+    spec = PLAIN.replace(nesterov=True, schedule="constant")
+    found = train(spec, split, networks=(params, buffers))
+    module = Plain(MODEL, params, buffers)
+    optimiser = torch.optim.SGD(module.parameters(), spec.lr, spec.momentum, weight_decay=spec.weight_decay, nesterov=True)
+    for x, y in batches(spec, split, 9):
+        optimiser.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimiser.step()
+    close({n: t[0] for n, t in found.params.items()}, dict(module.named_parameters()), atol=1e-5)
+    assert not equal(found.params, train(PLAIN.replace(schedule="constant"), split, networks=(params, buffers)).params)
+
+
+def test_alternating_flip_mirrors_every_image_in_every_second_epoch(split):
+    spec = PLAIN.replace(augment=AugmentSpec(operations="flip"), alternating_flip=True, batch_size=20)
+    source, x = Batches(spec, split, MEAN, STD, 3), normalise(split.images, MEAN, STD)
+    mirrored = []
+    for epoch in range(4):
+        (images, _), = source.take(7, epoch, 0, 1)
+        order = torch.randperm(20, generator=tree.generator_for(7, "order", epoch))
+        flags = torch.empty(20, dtype=torch.bool)
+        for row, i in enumerate(order):
+            flags[i] = torch.equal(images[row], x[i].flip(2))
+            assert flags[i] or torch.equal(images[row], x[i])
+        mirrored.append(flags)
+    assert 0 < mirrored[0].sum() < 20
+    assert torch.equal(mirrored[1], ~mirrored[0])
+    assert torch.equal(mirrored[2], mirrored[0]) and torch.equal(mirrored[3], mirrored[1])
+
+
+def test_options_that_were_added_leave_old_keys_alone():
+    assert not {"label_smoothing", "nesterov", "alternating_flip"} & set(TrainSpec().to_dict())
+    found = TrainSpec(label_smoothing=0.1).to_dict()
+    assert found["label_smoothing"] == 0.1 and TrainSpec(**found) == TrainSpec(label_smoothing=0.1)
 
 
 def test_training_leaves_the_global_generator_and_its_arguments_alone(split):
@@ -219,6 +291,9 @@ def test_inconsistent_arguments_are_refused(split, options, line):
         ({"precision": "fp8"}, "precision must be one of fp32, bf16"),
         ({"milestones": [1.5]}, "milestones must lie in"),
         ({"cutmix": 2}, r"cutmix must lie in \[0, 1\], got 2"),
+        ({"label_smoothing": 1}, r"label_smoothing must lie in \[0, 1\), got 1"),
+        ({"nesterov": True, "momentum": 0}, "nesterov needs momentum > 0, got 0"),
+        ({"alternating_flip": True, "augment": {"operations": "crop"}}, "alternating_flip needs flip .* got 'crop'"),
     ],
 )
 def test_wrong_settings_are_refused(change, line):

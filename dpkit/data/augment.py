@@ -2,13 +2,16 @@
 
 DSA: Zhao and Bilen 2021 (arXiv 2102.08259), amounts as used by IDC (Kim et al. 2022). CutMix: Yun et al. 2019
 (arXiv 1905.04899). Random numbers are drawn first, as a small table per image, and applied after. Applying one row to many
-images is what "siamese" means: in gradient matching the real and the synthetic images of a class share a row.
+images is what "siamese" means: in gradient matching the real and the synthetic images of a class share a row. And tables of
+many batches, each from its own generator, can be joined and applied in one pass, where the images are.
 All functions act on normalised images, as the published code does, and are differentiable in them.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +73,27 @@ class Draw:
         """The rows at ``index`` (m,) int64, so that several images share one row."""
         return Draw(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def to(self, device: torch.device | str) -> Draw:
+        """The same rows on another device."""
+        return Draw(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def uniforms(count: int, generator: torch.Generator) -> Tensor:
+    """The random numbers of ``count`` rows, (count, 12) in [0, 1), as many whatever the operations are.
+
+    Column 6 decides the mirror: below ``flip`` an image is mirrored.
+    """
+    return torch.rand(count, 12, generator=generator)
+
 
 def draw(spec: AugmentSpec, count: int, generator: torch.Generator) -> Draw:
-    """Draw the random numbers for ``count`` rows. The same number is drawn whatever the operations are."""
-    uniform = torch.rand(count, 12, generator=generator)
+    """Draw the random numbers for ``count`` rows."""
+    return table(spec, uniforms(count, generator))
+
+
+def table(spec: AugmentSpec, uniform: Tensor) -> Draw:
+    """What the random numbers of :func:`uniforms` (n, 12) mean under ``spec``: n rows."""
+    count = len(uniform)
     signed = uniform * 2 - 1
     names = spec.names
     angle, sx, sy = torch.zeros(count), torch.ones(count), torch.ones(count)
@@ -106,7 +126,7 @@ def draw(spec: AugmentSpec, count: int, generator: torch.Generator) -> Draw:
 
 def apply(spec: AugmentSpec, images: Tensor, rows: Draw) -> Tensor:
     """Augment normalised images (n, C, H, W) by n rows. Pixels from outside the image are 0, the mean colour."""
-    names = spec.names
+    names, rows = spec.names, rows.to(images.device)
     column = (-1, 1, 1, 1)
     if "color" in names:
         images = images + rows.brightness.view(column).to(images)
@@ -116,17 +136,17 @@ def apply(spec: AugmentSpec, images: Tensor, rows: Draw) -> Tensor:
         images = (images - level) * rows.contrast.view(column).to(images) + level
     if any(name in names for name in GEOMETRIC):
         height, width = images.shape[2:]
-        side = torch.tensor([width, height], dtype=torch.float32)
+        side = torch.tensor([width, height], dtype=torch.float32, device=images.device)
         affine = rows.affine.clone()
         # whole-pixel shifts, as a padded crop makes them, keep cropped images sharp
         affine[:, :, 2] = torch.round(affine[:, :, 2] * side) * 2 / side
         grid = F.affine_grid(affine, [len(images), 1, height, width], align_corners=False).to(images)
         images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     elif "flip" in names:
-        mirrored = (rows.affine[:, 0, 0] < 0).view(column).to(images.device)
+        mirrored = (rows.affine[:, 0, 0] < 0).view(column)
         images = torch.where(mirrored, images.flip(3), images)
     if "cutout" in names and spec.cutout > 0:
-        images = images * _outside_hole(spec, images, rows.hole.to(images.device))
+        images = images * _outside_hole(spec, images, rows.hole)
     return images
 
 
@@ -149,28 +169,85 @@ def augment(spec: AugmentSpec, images: Tensor, generator: torch.Generator) -> Te
     return apply(spec, images, draw(spec, len(images), generator))
 
 
-def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator, *, beta: float = 1.0,
-           probability: float = 0.5) -> tuple[Tensor, Tensor]:
-    """With ``probability``, paste one box of a shuffled batch into each image and mix the targets by area.
+@dataclass(frozen=True)
+class Mix:
+    """CutMix of n images in one or more batches.
 
-    images (n, C, H, W); targets (n, K) probabilities. The box's share of the area follows Beta(beta, beta), its centre is
-    uniform, and the mixing weight is the area that is really covered (Yun et al. 2019, equation 2).
+    order: (n,) int64, each image's partner. boxes: for each batch its images, and the box that is pasted: top, bottom, left,
+    right (ends excluded; top equal to bottom where nothing is).
     """
-    if probability <= 0 or beta <= 0:
-        return images, targets
+
+    order: Tensor
+    boxes: tuple[tuple[int, int, int, int, int], ...]
+
+    @staticmethod
+    def join(parts: Sequence[Mix]) -> Mix:
+        """The mixes of several batches as one of all their images."""
+        starts = [0, *accumulate(len(part.order) for part in parts[:-1])]
+        order = torch.cat([part.order + start for part, start in zip(parts, starts, strict=True)])
+        return Mix(order, tuple(box for part in parts for box in part.boxes))
+
+
+def draw_cutmix(count: int, size: tuple[int, int], generator: torch.Generator, *, beta: float = 1.0,
+                probability: float = 0.5) -> Mix:
+    """Draw one batch's CutMix: with ``probability`` one box for all its ``count`` images of ``size`` (H, W).
+
+    The box's share of the area follows Beta(beta, beta), its centre is uniform, and the mixing weight is the area that is
+    really covered (Yun et al. 2019, equation 2).
+    """
     coin, row, column = torch.rand(3, generator=generator).tolist()
-    order = torch.randperm(len(images), generator=generator)
+    order = torch.randperm(count, generator=generator)
     # Beta(b, b) as a ratio of two gamma draws, from this generator only
     first, second = torch._standard_gamma(torch.full((2,), beta), generator=generator).tolist()
-    if coin >= probability:
-        return images, targets
-    height, width = images.shape[2:]
-    share = math.sqrt(1 - first / (first + second))
+    height, width = size
+    share = math.sqrt(1 - first / (first + second)) if coin < probability else 0.0
     half_h, half_w = int(height * share) / 2, int(width * share) / 2
     top, bottom = (min(max(round(row * height + s * half_h), 0), height) for s in (-1, 1))
     left, right = (min(max(round(column * width + s * half_w), 0), width) for s in (-1, 1))
-    order = order.to(images.device)
-    images = images.clone()
-    images[:, :, top:bottom, left:right] = images[order, :, top:bottom, left:right]
-    covered = (bottom - top) * (right - left) / (height * width)
-    return images, torch.lerp(targets, targets[order], covered)
+    return Mix(order, ((count, top, bottom, left, right),))
+
+
+def apply_cutmix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
+    """Paste each image's box into it from its partner, and mix the targets by area.
+
+    images (n, C, H, W); targets (n, K) probabilities; both new, what is passed in stays.
+    """
+    counts, top, bottom, left, right = torch.tensor(mix.boxes).T
+    covered = ((bottom - top) * (right - left)).double() / (images.shape[2] * images.shape[3])
+    if not bool(covered.any()):  # known where it was drawn, on the CPU: no wait for the device
+        return images, targets
+    order, share = mix.order.to(images.device, non_blocking=True), covered.float().repeat_interleave(counts)[:, None]
+    targets = torch.lerp(targets, targets[order], share.to(targets.device, non_blocking=True))
+    edges = torch.stack([top, bottom, left, right]).repeat_interleave(counts, 1)
+    paste = _paste_at_once if images.is_cuda else _paste_in_turn
+    return paste(images, order, mix, edges), targets
+
+
+def _paste_in_turn(images: Tensor, order: Tensor, mix: Mix, edges: Tensor) -> Tensor:
+    """A copy a batch: the least memory traffic, for a processor."""
+    mixed, start = images.clone(), 0
+    for count, top, bottom, left, right in mix.boxes:
+        part = slice(start, start + count)
+        mixed[part, :, top:bottom, left:right] = images[order[part], :, top:bottom, left:right]
+        start += count
+    return mixed
+
+
+def _paste_at_once(images: Tensor, order: Tensor, mix: Mix, edges: Tensor) -> Tensor:
+    """A fixed number of kernels for any number of batches, for a GPU. edges: (4, n), the box of each image."""
+    top, bottom, left, right = edges[:, :, None].to(images.device, non_blocking=True)
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    tall, wide = (rows >= top) & (rows < bottom), (columns >= left) & (columns < right)
+    return torch.where(tall[:, None, :, None] & wide[:, None, None, :], images[order], images)
+
+
+def cutmix(images: Tensor, targets: Tensor, generator: torch.Generator, *, beta: float = 1.0,
+           probability: float = 0.5) -> tuple[Tensor, Tensor]:
+    """CutMix of one batch: :func:`draw_cutmix` and :func:`apply_cutmix`.
+
+    images (n, C, H, W); targets (n, K) probabilities. With probability or beta 0 nothing is drawn.
+    """
+    if probability <= 0 or beta <= 0:
+        return images, targets
+    size = (images.shape[2], images.shape[3])
+    return apply_cutmix(images, targets, draw_cutmix(len(images), size, generator, beta=beta, probability=probability))

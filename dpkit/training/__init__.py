@@ -1,5 +1,6 @@
 """Training: one loop of stochastic gradient descent over a population of networks."""
-from dpkit.training.loop import Diverged, Fit, State, batch, evaluate, fit
+from dpkit.training.batches import Batches
+from dpkit.training.loop import Diverged, Fit, State, evaluate, fit
 from dpkit.training.spec import TrainSpec
 
-__all__ = ["Diverged", "Fit", "State", "TrainSpec", "batch", "evaluate", "fit"]
+__all__ = ["Batches", "Diverged", "Fit", "State", "TrainSpec", "evaluate", "fit"]

@@ -1,6 +1,7 @@
 """One loop of stochastic gradient descent over a population of networks, and their evaluation."""
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models, tree
-from dpkit.data import Split, augment, cutmix, normalise
-from dpkit.training.gradient import Solo, Vmapped
+from dpkit.data import Split
+from dpkit.training.batches import Batches
+from dpkit.training.gradient import build
 from dpkit.training.spec import TrainSpec
 from dpkit.tree import Buffers, Mask, Params
 
@@ -41,39 +43,23 @@ class State:
 
 @dataclass
 class Fit:
-    """Result of :func:`fit`: a population (P, ...), its losses (P, steps), snapshots, and the step each one diverged at."""
+    """Result of :func:`fit`: a population (P, ...), its losses (P, steps), snapshots, the step each one diverged at.
+
+    form: how the gradients were computed (``solo``, ``vmap`` or ``graphs``).
+    """
 
     params: Params
     buffers: Buffers
     losses: Tensor
     snapshots: dict[int, tuple[Params, Buffers]]
     diverged: dict[int, int]
+    form: str = "solo"
 
     def network(self, p: int) -> tuple[Params, Buffers]:
         """Parameters and buffers of network ``p``; raises :class:`Diverged` if it has no meaningful ones."""
         if p in self.diverged:
             raise Diverged(p, self.diverged[p])
         return {n: t[p] for n, t in self.params.items()}, {n: t[p] for n, t in self.buffers.items()}
-
-
-def batch(spec: TrainSpec, images: Tensor, targets: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Batch number ``step`` of the run with noise ``seed``: normalised, augmented images (B, C, H, W), targets (B, K).
-
-    The order of epoch e depends on (seed, e), the augmentation of a batch on (seed, step) alone, so that any step can be
-    reproduced without the ones before it. That is what makes resuming exact.
-    """
-    per_epoch = spec.steps_per_epoch(len(images))
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(len(images), generator=tree.generator_for(seed, "order", epoch))
-    return _batch(spec, images, targets, order, position, seed, step)
-
-
-def _batch(spec: TrainSpec, images: Tensor, targets: Tensor, order: Tensor, position: int, seed: int,
-           step: int) -> tuple[Tensor, Tensor]:
-    rows = order[position * spec.batch_size:(position + 1) * spec.batch_size].to(images.device)
-    generator = tree.generator_for(seed, "augment", step)
-    x = augment(spec.augment, images[rows], generator)
-    return cutmix(x, targets[rows], generator, beta=spec.cutmix_beta, probability=spec.cutmix)
 
 
 def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, std: Tensor, params: Params,
@@ -87,10 +73,12 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     masks: {name: (P, ...) bool}; entries that are False are zero from the start and stay so. first_step: position in the
     schedule and in the noise at which to start, for networks rewound to that step. snapshots: steps after which to keep
     a copy. checkpoint: called with the state after each epoch. resume: a state to go on from. progress: called with
-    (step, steps) after each step. form: ``solo``, ``vmap`` or ``auto`` (solo on a CPU, vmap on a GPU).
+    (step, steps) after each step. form: see :func:`dpkit.training.gradient.build`; ``auto`` takes what is fastest.
 
-    A network whose loss stops being finite is marked in ``diverged``; the others go on. Solo training of P networks gives
-    the same bits as training each alone; vmap agrees within rounding. Raises ``ValueError`` on inconsistent arguments.
+    Data stay on the device, batches are augmented many at a time, and inside an epoch nothing waits for a GPU: losses are
+    looked at once an epoch. A network whose loss stops being finite is marked in ``diverged``; the others go on. Solo
+    training of P networks gives the same bits as training each alone; vmap agrees within rounding. Raises ``ValueError`` on
+    inconsistent arguments.
     """
     device = torch.device(device)
     count, steps = tree.population(params), spec.steps(len(split))
@@ -101,52 +89,53 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     late = [s for s in snapshots if not first_step <= s <= steps]
     if late:
         raise ValueError(f"snapshots must lie in [{first_step}, {steps}], got {late[0]}")
-    images = normalise(split.images, mean, std).to(device)
-    targets = split.targets(model.classes).to(device)
+    source = Batches(spec, split, mean, std, model.classes, device)
     state = resume or State(tree.detach(params), tree.detach(buffers), {n: torch.zeros_like(t) for n, t in params.items()},
                             first_step, torch.empty(count, 0))
     weights = _flat(state.params, count).to(device)
     velocity = _flat({name: state.momentum[name] for name in state.params}, count).to(device)
-    buffers_now = tree.to(state.buffers, device)
     keep = _flat_mask(masks, state.params, count, device)
     if keep is not None:
         weights = torch.where(keep, weights, 0.0)
-    vmapped = form == "vmap" or (form == "auto" and device.type == "cuda" and count > 1)
-    gradients = (Vmapped if vmapped else Solo)(model, spec.precision, spec.compile, weights, state.params)
+    first = [source.step(seed, state.step) for seed in seeds] if state.step < steps else []
+    form, gradients = build(form if first else "solo", device, [x for x, _ in first], [y for _, y in first], model,
+                            spec.precision, spec.compile, weights, state.params, tree.to(state.buffers, device))
     kept, history = dict(state.snapshots), [state.losses.to(device)] if state.losses.numel() else []
-    per_epoch, orders = spec.steps_per_epoch(len(split)), None
+
+    def networks() -> tuple[Params, Buffers]:
+        return _unflat(weights, state.params), tree.to(gradients.buffers(), "cpu")
+
     if state.step in snapshots and state.step not in kept:
-        kept[state.step] = (_unflat(weights, state.params), tree.detach(tree.to(buffers_now, "cpu")))
+        kept[state.step] = networks()
     recent: list[Tensor] = []
+    ready: deque[list[tuple[Tensor, Tensor]]] = deque()  # batches made ahead, those of all networks for one step each
     for step in range(state.step, steps):
-        epoch, position = divmod(step, per_epoch)
-        if orders is None or position == 0:
-            orders = [torch.randperm(len(split), generator=tree.generator_for(s, "order", epoch)) for s in seeds]
-        batches = [_batch(spec, images, targets, order, position, seed, step)
-                   for order, seed in zip(orders, seeds, strict=True)]
-        losses, gradient, buffers_now = gradients(buffers_now, *zip(*batches, strict=True))
+        epoch, position = divmod(step, source.per_epoch)
+        if not ready:
+            ready.extend(zip(*(source.take(seed, epoch, position, source.together(count)) for seed in seeds), strict=True))
+        losses, gradient = gradients(*map(list, zip(*ready.popleft(), strict=True)))
         with torch.no_grad():
             if keep is not None:
                 gradient = torch.where(keep, gradient, 0.0)
             gradient = gradient.add(weights, alpha=spec.weight_decay)
             velocity.mul_(spec.momentum).add_(gradient)
-            weights.sub_(velocity, alpha=spec.learning_rate(step, steps))
+            change = gradient.add_(velocity, alpha=spec.momentum) if spec.nesterov else velocity
+            weights.sub_(change, alpha=spec.learning_rate(step, steps))
         recent.append(losses)
         if step + 1 in snapshots:
-            kept[step + 1] = (_unflat(weights, state.params), tree.detach(tree.to(buffers_now, "cpu")))
-        if position + 1 == per_epoch or step + 1 == steps:
+            kept[step + 1] = networks()
+        if position + 1 == source.per_epoch or step + 1 == steps:
             history.append(torch.stack(recent, 1))
             recent = []
             if checkpoint is not None:
-                checkpoint(State(_unflat(weights, state.params), tree.detach(tree.to(buffers_now, "cpu")),
-                                 _unflat(velocity, state.params), step + 1, torch.cat(history, 1).cpu(), dict(kept)))
+                checkpoint(State(*networks(), _unflat(velocity, state.params), step + 1, torch.cat(history, 1).cpu(), dict(kept)))
             if not bool(torch.isfinite(history[-1]).any(0).all()):
                 break  # no network of the population is alive any more
         if progress is not None:
             progress(step + 1, steps)
     losses = torch.cat(history, 1).cpu() if history else torch.empty(count, 0)
-    done = _unflat(weights, state.params)
-    return Fit(done, tree.detach(tree.to(buffers_now, "cpu")), losses, kept, _diverged(losses, done, first_step))
+    done, moved = networks()
+    return Fit(done, moved, losses, kept, _diverged(losses, done, first_step), form)
 
 
 def evaluate(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,

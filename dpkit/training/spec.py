@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from dpkit.data import AugmentSpec
-from dpkit.spec import Spec
+from dpkit.spec import Spec, later
 
 SCHEDULES = ("multistep", "onecycle", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -21,6 +21,12 @@ class TrainSpec(Spec):
     the steps and falls linearly to zero; ``constant``. augment: what is done to each normalised image. cutmix: probability
     of CutMix for a batch; cutmix_beta: its Beta parameter. precision: ``fp32``, or ``bf16`` for the forward and backward
     pass with fp32 weights. compile: fuse the forward and backward pass with torch.compile (other bits, same mathematics).
+
+    For short schedules, as in fast CIFAR training (Jordan 2024, arXiv 2404.00498); of its tricks only those that leave the
+    network, its evaluation and the noise of SGD what they are. label_smoothing: share of each target that is spread evenly
+    over the classes (Szegedy et al. 2016). nesterov: Nesterov's momentum, as ``torch.optim.SGD`` has it. alternating_flip:
+    an image is mirrored in every second epoch, drawn once for its first, instead of by chance in each; needs ``flip`` among
+    the operations.
     """
 
     epochs: int = 300
@@ -37,6 +43,9 @@ class TrainSpec(Spec):
     cutmix_beta: float = 1.0
     precision: str = "fp32"
     compile: bool = False
+    label_smoothing: float = later(0.0, before=0.0)
+    nesterov: bool = later(False, before=False)
+    alternating_flip: bool = later(False, before=False)
 
     def check(self) -> None:
         self.require(self.epochs >= 1, f"epochs must be >= 1, got {self.epochs}")
@@ -50,6 +59,10 @@ class TrainSpec(Spec):
         self.between("cutmix", 0, 1)
         inside = all(0 < m < 1 for m in self.milestones)
         self.require(inside, f"milestones must lie in (0, 1), got {list(self.milestones)}")
+        self.between("label_smoothing", 0, 1, open_high=True)
+        self.require(not self.nesterov or self.momentum > 0, "nesterov needs momentum > 0, got 0")
+        self.require(not self.alternating_flip or "flip" in self.augment.names,
+                     f"alternating_flip needs flip among the operations, got {self.augment.operations!r}")
 
     def steps_per_epoch(self, images: int) -> int:
         """Batches in one pass over ``images``."""
