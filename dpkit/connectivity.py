@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dpkit import models
 from dpkit.models import ModelSpec, reestimate
-from dpkit.spec import Spec
-from dpkit.training import evaluate
+from dpkit.spec import Spec, later
+from dpkit.training import evaluate_many
 from dpkit.tree import Buffers, Params, lerp
 
 __all__ = ["Path", "PathSpec", "along", "barrier", "barrier_linear", "is_stable", "path", "reestimate"]
@@ -32,17 +32,20 @@ class PathSpec(Spec):
         code does, which raises barriers.
     statistics_images: how many training images re-estimation uses, evenly spaced over those passed; at least
     2.
+    precision: ``fp32``, or ``bf16`` for all of the forward pass but the classifier.
     """
 
     points: int = 11
     statistics: str = "reestimate"
     statistics_images: int = 1000
+    precision: str = later("fp32", before="fp32")
 
     def check(self) -> None:
         self.require(self.points >= 3, f"points must be at least 3 (ends and middle), got {self.points}")
         self.one_of("statistics", ("reestimate", "interpolate"))
         self.require(self.statistics_images >= 2,
                      f"statistics_images must be at least 2, got {self.statistics_images}")
+        self.one_of("precision", ("fp32", "bf16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +123,13 @@ def along(a: Params, b: Params, alphas: Tensor, evaluate: Callable[[Params], tup
 
 @torch.no_grad()
 def path(spec: PathSpec, model: ModelSpec, a: tuple[Params, Buffers], b: tuple[Params, Buffers],
-         images: Tensor, labels: Tensor, *, statistics_images: Tensor | None = None) -> Path:
+         images: Tensor, labels: Tensor, *, statistics_images: Tensor | None = None, threads: int = 1) -> Path:
     """Error and loss on the line between networks ``a`` and ``b``, each (params, buffers), in eval mode.
 
     images: (N, C, S, S) normalised float32, the evaluation set.  labels: (N,) int64.
     statistics_images: normalised training images without augmentation, (M, C, S, S), for re-estimating
         BatchNorm; needed only for networks with BatchNorm under ``spec.statistics == "reestimate"``.
+    threads: cores that share the points; the same bits for any number.
     Raises ``ValueError`` with one line when the networks differ in names or shapes, have NaN weights, when
     the evaluation set is empty or its lengths differ, or when statistics images are missing.
     """
@@ -136,11 +140,12 @@ def path(spec: PathSpec, model: ModelSpec, a: tuple[Params, Buffers], b: tuple[P
     source = None
     if spec.statistics == "reestimate":
         source = models.statistics_source(model, statistics_images, spec.statistics_images)
+    alphas = torch.linspace(0, 1, spec.points, dtype=torch.float64)
 
-    def at(tree: Params) -> tuple[float, float]:
-        params, buffers = {n: tree[n] for n in a[0]}, {n: tree[n] for n in a[1]}
-        if source is not None:
-            buffers = reestimate(model, params, buffers, source)
-        return evaluate(model, params, buffers, images, labels)
+    def network(i: int) -> tuple[Params, Buffers]:
+        between = lerp(trees["a"], trees["b"], float(alphas[i]))
+        return {n: between[n] for n in a[0]}, {n: between[n] for n in a[1]}
 
-    return along(trees["a"], trees["b"], torch.linspace(0, 1, spec.points, dtype=torch.float64), at)
+    errors, losses = evaluate_many(model, spec.points, network, images, labels, statistics_images=source,
+                                   precision=spec.precision, threads=threads)
+    return Path(alphas, errors, losses)

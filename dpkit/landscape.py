@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dpkit import models
-from dpkit.models import ModelSpec, reestimate
-from dpkit.spec import Spec
-from dpkit.training import evaluate
+from dpkit.models import ModelSpec
+from dpkit.spec import Spec, later
+from dpkit.training import evaluate_many
 from dpkit.tree import Buffers, Params, flatten, unflatten
 
 
@@ -30,6 +30,7 @@ class PlaneSpec(Spec):
     buffers passed.
     statistics_images: how many training images re-estimation uses, evenly spaced over those passed; at least
     2.
+    precision: ``fp32``, or ``bf16`` for all of the forward pass but the classifier.
     """
 
     resolution: int = 21
@@ -37,6 +38,7 @@ class PlaneSpec(Spec):
     images: int = 1000
     statistics: str = "reestimate"
     statistics_images: int = 500
+    precision: str = later("fp32", before="fp32")
 
     def check(self) -> None:
         self.require(self.resolution >= 2, f"resolution must be at least 2 points, got {self.resolution}")
@@ -45,6 +47,7 @@ class PlaneSpec(Spec):
         self.one_of("statistics", ("reestimate", "keep"))
         self.require(self.statistics_images >= 2,
                      f"statistics_images must be at least 2, got {self.statistics_images}")
+        self.one_of("precision", ("fp32", "bf16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +126,14 @@ def plane(a: Params, b: Params, c: Params) -> Plane:
 
 @torch.no_grad()
 def grid(spec: PlaneSpec, model: ModelSpec, plane: Plane, buffers: Buffers, images: Tensor, labels: Tensor,
-         statistics_images: Tensor | None = None) -> Grid:
+         statistics_images: Tensor | None = None, *, threads: int = 1) -> Grid:
     """Error and loss over the plane in eval mode, at ``spec.resolution`` squared points.
 
     buffers: of one of the networks; their BatchNorm statistics are used under ``statistics == "keep"`` only.
     images: (N, C, S, S) normalised float32.  labels: (N,) int64.
     statistics_images: normalised training images (M, C, S, S), for re-estimating BatchNorm where the network
-    has it. Raises ``ValueError`` with one line on an empty evaluation set, lengths that differ, or missing
+    has it.  threads: cores that share the points; the same bits for any number.
+    Raises ``ValueError`` with one line on an empty evaluation set, lengths that differ, or missing
     statistics images.
     """
     models.check_evaluation(images, labels)
@@ -140,10 +144,13 @@ def grid(spec: PlaneSpec, model: ModelSpec, plane: Plane, buffers: Buffers, imag
         chosen = models.spread(len(images), spec.images)
         images, labels = images[chosen], labels[chosen]
     x, y = plane.axes(spec.resolution, spec.margin)
-    values = torch.empty(2, spec.resolution, spec.resolution, dtype=torch.float64)
-    for i, j in torch.cartesian_prod(torch.arange(len(y)), torch.arange(len(x))).tolist():
-        params, here = plane.point(float(x[j]), float(y[i])), buffers
-        if source is not None:
-            here = reestimate(model, params, buffers, source)
-        values[0, i, j], values[1, i, j] = evaluate(model, params, here, images, labels)
-    return Grid(x, y, values[0], values[1], plane.coordinates)
+    origin, u, v = (t.to(images.device) for t in (plane.origin, plane.u, plane.v))
+    there = dataclasses.replace(plane, origin=origin, u=u, v=v)
+
+    def network(k: int) -> tuple[Params, Buffers]:
+        return there.point(float(x[k % len(x)]), float(y[k // len(x)])), buffers
+
+    values = evaluate_many(model, len(x) * len(y), network, images, labels, statistics_images=source,
+                           precision=spec.precision, threads=threads)
+    errors, losses = (t.reshape(len(y), len(x)) for t in values)
+    return Grid(x, y, errors, losses, plane.coordinates)

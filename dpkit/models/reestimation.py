@@ -25,29 +25,44 @@ def reestimate(model: ModelSpec, params: Params, buffers: Buffers, images: Tenso
 
     images: normalised training images (N, channels, S, S), N at least 2.  chunk: images a forward pass, at
     most (one more where a chunk of a single image would be left over). The images go through in train mode in
-    nearly equal chunks, of every k-th image each so that a data set sorted by class gives chunks alike;
-    moments are pooled over the chunks by :func:`pool`. The old statistics have no influence. Networks without
-    BatchNorm get their buffers back. Raises ``ValueError`` on too few images or a wrong shape.
+    nearly equal chunks (:func:`pieces`); moments are pooled over the chunks by :func:`pool`. The old statistics
+    have no influence. Networks without BatchNorm get their buffers back. Raises ``ValueError`` on too few
+    images or a wrong shape.
     """
     if not statistics(model):
         return dict(buffers)
+    device = next(iter(params.values())).device
+    return replaced(buffers, [moments(model, params, buffers, x.to(device)) for x in pieces(model, images, chunk)])
+
+
+def pieces(model: ModelSpec, images: Tensor, chunk: int = 250) -> list[Tensor]:
+    """The ``images`` (N, channels, S, S) in nearly equal chunks of at most ``chunk``, of every k-th image each.
+
+    So a data set sorted by class gives chunks alike. Raises ``ValueError`` on fewer than 2 images or a wrong shape.
+    """
     check_images(model, images)
     if len(images) < 2 or chunk < 2:
         raise ValueError(f"re-estimating BatchNorm statistics needs at least 2 images, 2 or more a chunk; "
                          f"got {len(images)} images and chunk {chunk}")
-    device = next(iter(params.values())).device
-    pieces = -(-len(images) // chunk)
-    if len(images) // pieces < 2:
+    count = -(-len(images) // chunk)
+    if len(images) // count < 2:
         # An odd number of images in pairs would leave one alone, which has no variance on a 1x1 map.
-        pieces -= 1
-    recorded = []
-    for piece in range(pieces):
-        recorder = Recorder(params, buffers)
-        family(model).features(model, params, images[piece::pieces].to(device), recorder)
-        recorded.append(recorder.moments)
+        count -= 1
+    return [images[piece::count] for piece in range(count)]
+
+
+def moments(model: ModelSpec, params: Params, buffers: Buffers, images: Tensor) -> dict[str, Moments]:
+    """By name of each BatchNorm: mean, variance over n (C,) and n of what reaches it, all norms in train mode."""
+    recorder = Recorder(params, buffers)
+    family(model).features(model, params, images, recorder)
+    return recorder.moments
+
+
+def replaced(buffers: Buffers, recorded: list[dict[str, Moments]]) -> Buffers:
+    """The ``buffers`` with running statistics pooled from the :func:`moments` of each chunk."""
     result = dict(buffers)
     for name in recorded[0]:
-        mean, variance = pool([moments[name] for moments in recorded])
+        mean, variance = pool([found[name] for found in recorded])
         result[f"{name}.running_mean"] = mean.to(buffers[f"{name}.running_mean"].dtype)
         result[f"{name}.running_var"] = variance.to(buffers[f"{name}.running_var"].dtype)
     return result

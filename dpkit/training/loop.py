@@ -1,4 +1,4 @@
-"""One loop of stochastic gradient descent over a population of networks, and their evaluation."""
+"""One loop of stochastic gradient descent over a population of networks."""
 from __future__ import annotations
 
 from collections import deque
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models, tree
@@ -136,23 +135,6 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     losses = torch.cat(history, 1).cpu() if history else torch.empty(count, 0)
     done, moved = networks()
     return Fit(done, moved, losses, kept, _diverged(losses, done, first_step), form)
-
-
-def evaluate(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-             batch_size: int = 500) -> tuple[float, float]:
-    """Error in [0, 1] and mean cross-entropy of one network in eval mode.
-
-    images: (N, C, H, W) normalised float32; labels: (N,) int64. Raises ``ValueError`` when there are no images.
-    """
-    if len(images) == 0:
-        raise ValueError("the evaluation set is empty; give at least one image")
-    wrong, total = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits, _ = models.forward(model, params, buffers, x, train=False)
-            wrong += (logits.argmax(1) != y).sum().cpu()
-            total += F.cross_entropy(logits.double(), y, reduction="sum").cpu()
-    return float(wrong) / len(images), float(total) / len(images)
 
 
 def _flat(population: Params, count: int) -> Tensor:
