@@ -10,7 +10,8 @@ from tiny import BATCH_NORM, MEAN, STD, Plain, equal
 from dpkit import distill, models, tree
 from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise, shapes
 from dpkit.distill import DistillSpec, decode_images
-from dpkit.distill.idc import _train, distance, matched_names, matching_loss
+from dpkit.distill.matching import distance, matched_names, matching_loss
+from dpkit.distill.network import Trainer
 from dpkit.models import ModelSpec
 
 MODEL = ModelSpec(width=3, image_size=8, classes=3)
@@ -196,10 +197,10 @@ def test_the_network_step_is_that_of_torch(model, real):
     spec = DistillSpec(network_images=10, network_batch=4, network_lr=0.05)
     params, buffers = models.init(model, torch.Generator().manual_seed(4))
     module = Plain(model, {n: t[None] for n, t in params.items()}, {n: t[None] for n, t in buffers.items()})
-    trained = {n: t.clone().requires_grad_() for n, t in params.items()}
+    trained = tree.detach(params)
     velocity = {n: torch.zeros_like(t) for n, t in params.items()}
     x = normalise(real.images, MEAN, STD)
-    updated = _train(spec, model, trained, buffers, velocity, x, real, tree.generator_for(0, "network"))
+    updated = Trainer(spec, model, real, x)(trained, buffers, velocity, tree.generator_for(0, "network"))
 
     source = tree.generator_for(0, "network")
     optimiser = torch.optim.SGD(module.parameters(), 0.05, 0.9, weight_decay=5e-4)
@@ -211,7 +212,7 @@ def test_the_network_step_is_that_of_torch(model, real):
     state = module.state_dict()
     for name, weight in trained.items():
         assert not torch.equal(weight, params[name])
-        torch.testing.assert_close(weight.detach(), state[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(weight, state[name], atol=1e-5, rtol=1e-4)
     for name in models.statistics(model):
         torch.testing.assert_close(updated[name], state[name], atol=1e-5, rtol=1e-4)
 

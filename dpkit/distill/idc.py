@@ -4,73 +4,47 @@ Departure from the published loop, with the same dynamics: there, one optimiser 
 in turn, so between two gradients of a class its momentum has decayed ten times. Per class that is plain gradient descent
 with twice the learning rate (to one part in a thousand for ten classes). Here all classes are matched on the same network
 and stepped together, without momentum and with the doubled rate.
+
+Gradients of real images are not reused from step to step, since that would be exact in one corner only. The network moves
+after every image step unless ``network_images`` is 0; each step draws another batch, unless ``real_batch`` takes in the whole
+class, and then another order; and each draws another augmentation, unless there is none. Where all three hold the real
+gradient stays the same during the ``inner`` steps up to rounding, but no recipe of the literature is there. So it is computed
+anew in each step, without a graph for second derivatives.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models, tree
-from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise, per_class_indices
+from dpkit.data import AugmentSpec, Split, apply, draw, normalise, per_class_indices
+from dpkit.data.augment import Draw
 from dpkit.distill.decode import decode_images, mosaic
+from dpkit.distill.matching import Matcher
+from dpkit.distill.network import Trainer
 from dpkit.distill.spec import DistillSpec
 from dpkit.tree import Buffers, Params
-
-
-def distance(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """Distance of two gradients of one convolution weight (out, in, h, w): a scalar.
-
-    ``squared`` and ``l1`` sum over all entries; ``cosine`` is one minus the cosine, summed over output channels.
-    """
-    if kind == "squared":
-        return ((a - b) ** 2).sum()
-    if kind == "l1":
-        return (a - b).abs().sum()
-    return (1 - F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)).sum()
-
-
-def matched_names(model: models.ModelSpec) -> tuple[str, ...]:
-    """The weights whose gradients are matched: convolutions, neither biases nor the classifier."""
-    return tuple(n for n in models.prunable(model) if n != f"{models.classifier_name(model)}.weight")
-
-
-def gradient(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-             *, keep_graph: bool, precision: str = "fp32") -> list[Tensor]:
-    """Gradient of the mean cross-entropy with respect to the matched weights, in train mode."""
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits, _ = models.forward(model, params, buffers, images, train=True)
-    # in the images' own precision, so that float64 stays float64
-    loss = F.cross_entropy(logits.to(images.dtype), labels)
-    return list(torch.autograd.grad(loss, [params[n] for n in matched_names(model)], create_graph=keep_graph))
-
-
-def matching_loss(spec: DistillSpec, model: models.ModelSpec, params: Params, buffers: Buffers, real: Tensor,
-                  synthetic: Tensor, label: int) -> Tensor:
-    """Distance between the gradients of real and synthetic normalised images of one class (equation 2): a scalar.
-
-    Differentiable with respect to ``synthetic``; the real gradient is a constant.
-    """
-    def labels(images: Tensor) -> Tensor:
-        return torch.full((len(images),), label, device=images.device)
-
-    target = gradient(model, params, buffers, real, labels(real), keep_graph=False, precision=spec.precision)
-    found = gradient(model, params, buffers, synthetic, labels(synthetic), keep_graph=True, precision=spec.precision)
-    return sum(distance(spec.distance, f, t) for f, t in zip(found, target, strict=True))
 
 
 def distil(spec: DistillSpec, model: models.ModelSpec, real: Split, mean: Tensor, std: Tensor, seed: int, *,
            resume: tuple[Tensor, list[float]] | None = None,
            checkpoint: Callable[[Tensor, list[float]], None] | None = None,
            progress: Callable[[int, int], None] | None = None,
-           device: torch.device | str = "cpu") -> tuple[Split, list[float]]:
+           device: torch.device | str = "cpu", form: str = "auto", threads: int = 1) -> tuple[Split, list[float]]:
     """Learn ``ipc`` images per class; returns the split and the matching distance of each outer iteration.
 
     Every outer iteration draws its random numbers from a seed of its own, so a run resumed from a ``checkpoint`` (images,
-    history) continues exactly. Raises ``ValueError`` when a class has too few images, and ``FloatingPointError`` when the
-    images stop being finite.
+    history) continues exactly. form: see :class:`~dpkit.distill.matching.Matcher`. Raises ``ValueError`` when a class has too
+    few images, and ``FloatingPointError`` when the images stop being finite.
+
+    threads: Python threads that share the classes, and the training of the network for the next step, each computing on one
+    core; for a CPU. The result is the same bits for any number of them, those of a process with one, which torch's own
+    threads do not give and which is as fast (measured); each thread holds the activations of a class of its own.
     """
     classes = model.classes
     places = per_class_indices(real.hard_labels(), classes)
@@ -79,77 +53,123 @@ def distil(spec: DistillSpec, model: models.ModelSpec, real: Split, mean: Tensor
         if len(place) < need:
             raise ValueError(f"ipc {spec.ipc} with factor {spec.factor} starts from {need} real images a class, class {c} "
                              f"has {len(place)}; lower ipc or factor")
+    if threads < 1:
+        raise ValueError(f"threads must be >= 1, got {threads}")
     pixels = normalise(real.images, mean, std).to(device)
-    mean, std = mean.to(device).view(1, -1, 1, 1), std.to(device).view(1, -1, 1, 1)
+    step = _Step(spec, Matcher(spec, model, form=form, device=device), pixels, mean, std)
+    train = Trainer(spec, model, real, pixels)
     labels = torch.arange(classes).repeat_interleave(spec.ipc)
     if resume is None:
         start = tree.generator_for(seed, "start")
         chosen = torch.cat([place[torch.randperm(len(place), generator=start)[:need]] for place in places])
-        images = mosaic(pixels[chosen.to(device)] * std + mean, spec.factor)
+        images = mosaic(pixels[chosen.to(device)] * step.std + step.mean, spec.factor)
         history: list[float] = []
     else:
         images, history = resume[0].to(device).clone(), list(resume[1])
     rate = 2 * spec.lr * spec.ipc / 10  # doubled: see the head of this file
-    for outer in range(len(history), spec.outer):
-        generator = tree.generator_for(seed, "outer", outer)
-        params, buffers = models.init(model, generator)
-        params, buffers = tree.to(params, device), tree.to(buffers, device)
-        velocity = {n: torch.zeros_like(t) for n, t in params.items()}
-        params = {n: t.requires_grad_() for n, t in params.items()}
-        total = torch.zeros((), device=device)
-        for inner in range(spec.inner):
-            shared = draw(spec.augment, classes, generator)
-            images.requires_grad_()
-            image_gradient = torch.zeros_like(images)
-            for c, place in enumerate(places):
-                batch = place[torch.randperm(len(place), generator=generator)[:spec.real_batch]].to(device)
-                own = images[c * spec.ipc:(c + 1) * spec.ipc]
-                tiles = (decode_images(own, spec.factor) - mean) / std
-                if len(tiles) > spec.synthetic_batch:
-                    tiles = tiles[torch.randperm(len(tiles), generator=generator)[:spec.synthetic_batch].to(device)]
-                loss = matching_loss(spec, model, params, buffers, _same(spec.augment, pixels[batch], shared, c),
-                                     _same(spec.augment, tiles, shared, c), c)
-                image_gradient += torch.autograd.grad(loss, images)[0]
-                total += loss.detach()
-            with torch.no_grad():
-                images = images.detach() - rate * image_gradient
-            buffers = _train(spec, model, params, buffers, velocity, pixels, real, generator)
-            if progress is not None:
-                progress(outer * spec.inner + inner + 1, spec.outer * spec.inner)
-        images = images.clamp(0, 1)
-        if not bool(torch.isfinite(images).all()):
-            raise FloatingPointError(f"the images are not finite after outer iteration {outer}; lower lr")
-        history.append(float(total) / spec.inner / classes)
-        if checkpoint is not None:
-            checkpoint(images.cpu(), history)
-    return Split(images.detach().cpu().float(), labels), history
+    with _crew(threads) as submit:
+        for outer in range(len(history), spec.outer):
+            generator = tree.generator_for(seed, "outer", outer)
+            params, buffers = models.init(model, generator)
+            params, buffers = tree.to(params, device), tree.to(buffers, device)
+            velocity = {n: torch.zeros_like(t) for n, t in params.items()}
+            total = torch.zeros((), device=device)
+            for inner in range(spec.inner):
+                choice = _choose(spec, places, generator)
+                groups = step.matcher.groups([len(rows) for rows in choice.real])
+                # The network of the next step depends on this one's real images, not on its synthetic ones: it can be trained
+                # while they are matched. After the last step a new one is drawn.
+                after = tree.detach(params)
+                trained = (submit(train, after, buffers, velocity, generator) if inner + 1 < spec.inner else None)
+                pending = [submit(step, params, buffers, images, choice, group) for group in groups]
+                image_gradient, distances = torch.zeros_like(images), [total] * classes
+                for group, future in zip(groups, pending, strict=True):
+                    found, values = future.result()
+                    image_gradient.view(classes, *found.shape[1:])[group] += found
+                    for c, value in zip(group, values, strict=True):
+                        distances[c] = value
+                for value in distances:
+                    total = total + value
+                images = images - rate * image_gradient
+                if trained is not None:
+                    params, buffers = after, trained.result()
+                if progress is not None:
+                    progress(outer * spec.inner + inner + 1, spec.outer * spec.inner)
+            images = images.clamp(0, 1)
+            if not bool(torch.isfinite(images).all()):
+                raise FloatingPointError(f"the images are not finite after outer iteration {outer}; lower lr")
+            history.append(float(total) / spec.inner / classes)
+            if checkpoint is not None:
+                checkpoint(images.cpu(), history)
+    return Split(images.cpu().float(), labels), history
 
 
-def _same(spec: AugmentSpec, images: Tensor, shared, row: int) -> Tensor:
-    """All images of a class augmented by the same row of random numbers."""
+@dataclass(frozen=True)
+class _Choice:
+    """What chance decides in a step, for each class: rows of the real images, of the decoded ones (all of them where None),
+    and the augmentation (one row a class)."""
+
+    real: list[Tensor]
+    tiles: list[Tensor | None]
+    shared: Draw
+
+
+def _choose(spec: DistillSpec, places: Sequence[Tensor], generator: torch.Generator) -> _Choice:
+    shared, real, tiles = draw(spec.augment, len(places), generator), [], []
+    count = spec.ipc * spec.factor**2
+    for place in places:
+        real.append(place[torch.randperm(len(place), generator=generator)[:spec.real_batch]])
+        tiles.append(torch.randperm(count, generator=generator)[:spec.synthetic_batch] if count > spec.synthetic_batch else None)
+    return _Choice(real, tiles, shared)
+
+
+class _Step:
+    """The gradient of one image step: decodes, normalises, augments and matches the images of a group of classes."""
+
+    def __init__(self, spec: DistillSpec, matcher: Matcher, pixels: Tensor, mean: Tensor, std: Tensor):
+        self.spec, self.matcher, self.pixels = spec, matcher, pixels
+        self.mean, self.std = (t.to(pixels.device).view(1, -1, 1, 1) for t in (mean, std))
+
+    def __call__(self, params: Params, buffers: Buffers, images: Tensor, choice: _Choice,
+                 group: list[int]) -> tuple[Tensor, Tensor]:
+        """Gradient (G, ipc, C, H, W) with respect to the stored images of ``group``, and the distances (G,)."""
+        spec, count, shape = self.spec, len(group), images.shape[1:]
+        own = images.view(-1, spec.ipc, *shape)[group].flatten(0, 1).requires_grad_()
+        tiles = (decode_images(own, spec.factor) - self.mean) / self.std
+        if choice.tiles[group[0]] is not None:
+            each = len(tiles) // count
+            tiles = tiles[torch.cat([choice.tiles[c] + i * each for i, c in enumerate(group)]).to(images.device)]
+        real = self.pixels[torch.cat([choice.real[c] for c in group]).to(images.device)]
+        real, tiles = (_same(spec.augment, x, choice.shared, group) for x in (real, tiles))
+        gradient, distances = self.matcher(params, buffers, real.view(count, -1, *shape),
+                                           tiles.detach().view(count, -1, *shape), group)
+        found = torch.autograd.grad(tiles, own, gradient.reshape(tiles.shape))[0]
+        return found.view(count, spec.ipc, *shape), distances
+
+
+def _same(spec: AugmentSpec, images: Tensor, shared: Draw, group: list[int]) -> Tensor:
+    """The images of several classes, equally many of each, augmented by the same row of random numbers in each class."""
     if not spec.names:
         return images
-    return apply(spec, images, shared.rows(torch.full((len(images),), row)))
+    return apply(spec, images, shared.rows(torch.tensor(group).repeat_interleave(len(images) // len(group))))
 
 
-def _train(spec: DistillSpec, model: models.ModelSpec, params: Params, buffers: Buffers, velocity: Params, pixels: Tensor,
-           real: Split, generator: torch.Generator) -> Buffers:
-    """Train the matching network, in place, on ``network_images`` random real images; returns the new buffers."""
-    count = min(spec.network_images, len(real))
-    if count == 0:
-        return buffers
-    order = torch.randperm(len(real), generator=generator)[:count]
-    full = AugmentSpec()
-    for rows in order.split(spec.network_batch):
-        part = real.select(rows)
-        x = augment(full, pixels[rows.to(pixels.device)], generator)
-        x, y = cutmix(x, part.targets(model.classes).to(pixels.device), generator)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=spec.precision == "bf16"):
-            logits, buffers = models.forward(model, params, buffers, x, train=True)
-        gradients = torch.autograd.grad(F.cross_entropy(logits.float(), y), list(params.values()))
-        with torch.no_grad():
-            for (name, weight), g in zip(params.items(), gradients, strict=True):
-                velocity[name].mul_(0.9).add_(g.add(weight, alpha=5e-4))
-                weight.sub_(velocity[name], alpha=spec.network_lr)
-        buffers = {n: b.detach() for n, b in buffers.items()}
-    return buffers
+@contextmanager
+def _crew(threads: int):
+    """A function that submits work to so many threads of one core each; with one thread it is done at once, right here."""
+    if threads == 1:
+        def here(function, *arguments) -> Future:
+            future: Future = Future()
+            future.set_result(function(*arguments))
+            return future
+
+        yield here
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
