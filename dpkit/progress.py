@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpkit.stages import Progress
+from dpkit.stages.forecast import Forecast, Past
 
 
 def duration(seconds: float | None) -> str:
@@ -21,6 +22,31 @@ def duration(seconds: float | None) -> str:
     if seconds < 6000:
         return f"{seconds // 60} min {seconds % 60:02d} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def span(seconds: float, low: float, high: float) -> tuple[str, str]:
+    """A forecast's time and its range in the same unit, roughly: ``("8 min", "6 to 10")``."""
+    unit, size = ("s", 1) if seconds < 100 else ("min", 60) if seconds < 5400 else ("h", 3600)
+    digits = int(unit != "s" and seconds / size < 10)
+    time_, *ends = (f"{max(value / size, 1 if unit == 's' else 0):.{digits}f}" for value in (seconds, low, high))
+    return f"{time_} {unit}", " to ".join(ends)
+
+
+def size(amount: float) -> str:
+    """Bytes as people say them: ``1.2 GB``, ``40 MB``, ``0.3 MB``."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.{0 if amount >= 1e7 else 1}f} MB"
+
+
+def outlook(found: Forecast, past: Past | None) -> str:
+    """One line about what comes: time with its range, memory, disk, and how far such lines were off in the past."""
+    time_, ends = span(found.seconds, found.low, found.high)
+    where = "the GPU" if found.device != "cpu" else f"{found.workers} core{'s' * (found.workers > 1)}"
+    text = f"about {time_} on {where} ({ends}), {size(found.memory)} of memory, {size(found.disk)} on disk"
+    if found.guessed:
+        text += "; from a table, as this machine has no timings in the store yet"
+    if past is not None:
+        text += f"; past predictions were off by {100 * past.median:.0f}% (median of {past.n})"
+    return text
 
 
 def line(label: str, done: int, units: int, share: float, seconds: float, left: float | None, running: list[str]) -> str:

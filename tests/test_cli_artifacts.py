@@ -57,7 +57,9 @@ def filled(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     # a line of progress comes even where nobody watches, so that a log shows how far a machine is
     assert re.search(r"^compute: \d+ of \d+ units, \d+%, .* left", done.stderr, re.MULTILINE)
-    first, second = done.stdout.splitlines()
+    first, outlook, second = done.stdout.splitlines()
+    assert re.fullmatch(r"about \d+ s on 1 core \(\d+ to \d+\), \d+ MB of memory, [\d.]+ MB on disk; from a table, as this "
+                        r"machine has no timings in the store yet", outlook)
     count = int(re.fullmatch(r"(\d+) units, \1 to make, device \w+", first)[1])
     assert second.startswith(f"made {count} in ")
     assert second.endswith("0 without a result, 0 errors")
@@ -95,7 +97,7 @@ def test_status_says_what_is_done(dpkit, here, tmp_path, monkeypatch):
     monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "empty"))
     answer = dpkit("status", "--profile", "tiny.yml")
     assert all(units == missing > 0 == done for units, done, missing, *_ in table(answer.out).values())
-    assert "time left: unknown" in answer.out
+    assert re.search(r"^time left: about \d+ s on this machine \(\d+ to \d+\)$", answer.out, re.MULTILINE)
 
 
 def test_nothing_is_made_twice(dpkit, here):
@@ -112,7 +114,7 @@ def test_status_tells_what_a_changed_parameter_would_cost(dpkit, here):
     assert rows["hessian"][2] == 4  # a spectrum for each arm and seed, and nothing else
     assert [rows[name][2] for name in stages.CHAPTERS[:-1]] == [0, 0, 0, 0, 0]
     answer = dpkit("status", "--profile", "tiny.yml", "--set", "probes=3")
-    assert re.search(r"time left: about \d+ s on this machine", answer.out)
+    assert re.search(r"time left: about \d+ s on this machine \(\d+ to \d+\)", answer.out)
 
 
 def test_numbers_follow_their_schema(dpkit, here):
@@ -253,3 +255,66 @@ def test_ctrl_c_stops_cleanly_and_keeps_what_is_finished(dpkit, checkout):
     units, done, missing, *_ = table(dpkit("status", "--profile", "long.yml").out)["data"]
     assert 0 < done < units == done + missing
     assert dpkit("verify").code == 0
+
+
+# --- before it runs ---------------------------------------------------------------------------------------------------
+
+def test_predict_says_what_is_missing_and_what_it_takes(dpkit, here, tmp_path, monkeypatch):
+    answer = dpkit("predict", "--profile", "tiny.yml", "--set", "probes=3", "--workers", "2")
+    assert (answer.code, answer.err) == (0, "")
+    rows = {line.split("  ")[0].strip(): line.split() for line in answer.out.splitlines() if line.startswith(" ")}
+    assert list(rows)[:7] == ["chapter", *stages.CHAPTERS]
+    assert [rows[name][1] for name in stages.CHAPTERS] == ["0", "0", "0", "0", "0", "4"]
+    assert rows["hessian"][3] == "s"
+    assert rows["dpkit compute"][2] == rows["dpkit study"][2] == "4"
+    assert {"network/fp32", "idc/fp32", "hessian/float32"} <= set(rows)  # how far single units are off
+    assert "past predictions: none yet of 10 seconds or more" in answer.out
+    monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "empty"))
+    answer = dpkit("predict", "--profile", "tiny.yml")
+    units = len(stages.closure(e.unit for part in (*stages.CHAPTERS, "searches")
+                               for e in getattr(cli.plan_of("tiny.yml", {}), part)()))
+    assert re.search(rf"^ dpkit compute +{units} ", answer.out, re.MULTILINE)
+    assert "from the library's table" in answer.out
+
+
+def test_the_coefficients_can_be_printed(dpkit, here):
+    found = json.loads(dpkit("predict", "--profile", "tiny.yml", "--coefficients").out)
+    assert set(found["network/fp32"]) >= {"step", "gflop", "gbyte"}
+    assert all(value >= 0 for row in found.values() for value in row.values())
+
+
+def test_a_computation_warns_where_there_is_no_room_and_notes_how_long_it_took(dpkit, here, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr(stages.forecast, "free_memory", lambda: 1e6)
+    answer = dpkit("compute", "--profile", "tiny.yml", "--chapter", "data", "--workers", "1")
+    assert answer.code == 0
+    assert re.search(r"^dpkit: warning: this needs about 0\.\d GB of memory and 0\.0 GB are free; lower workers", answer.err)
+    line, = stages.forecast.records(Store(tmp_path / "store"))
+    assert (line["what"], line["units"], line["complete"]) == ("compute", 2, True)
+    (tmp_path / "store" / stages.forecast.FILE).write_text(
+        json.dumps({"what": "compute", "expected": 20.0, "actual": 25.0}) + "\n", encoding="utf-8")
+    answer = dpkit("predict", "--profile", "tiny.yml")
+    assert "past predictions of `dpkit compute`: off by 20% (median of 1), at worst 20%" in answer.out
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_study_says_what_comes_and_notes_what_came_of_it(dpkit, here, tmp_path, monkeypatch, stopped):
+    monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "store"))
+
+    def work(profile, settings, **_):
+        plan = cli.plan_of(profile, settings)
+        store = Store(tmp_path / "store")
+        stages.compute(store, [e.unit for name in (["data"] if stopped else stages.CHAPTERS) for e in plan.chapter(name)])
+        if stopped:
+            raise KeyboardInterrupt
+        return tmp_path
+
+    monkeypatch.setattr("dpkit.studies.run", work)
+    answer = dpkit("study", "--profile", "tiny.yml", "--device", "cpu")
+    assert answer.code == (130 if stopped else 0)
+    assert re.match(r"about \d+ s on 1 core \(\d+ to \d+\), \d+ MB of memory, [\d.]+ MB on disk; ", answer.out)
+    line = stages.forecast.records(Store(tmp_path / "store"))[-1]
+    assert (line["what"], line["complete"]) == ("study", not stopped)
+    assert (0 < line["share"] < 0.5) if stopped else line["share"] == 1
+    if not stopped:
+        assert "about" not in dpkit("study", "--profile", "tiny.yml", "--device", "cpu").out  # nothing is left to make

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpkit import __version__
-from dpkit.cli import look, make
+from dpkit.cli import look, make, timing
 from dpkit.cli.shared import open_store, out, plan_of, settings_of
 
 __all__ = ["app", "joined", "main", "open_store", "plan_of", "settings_of"]
@@ -19,6 +19,7 @@ changes any of them. Every network, ticket, path and spectrum is an artifact in 
 so a command that is stopped continues, and what exists is never computed again.
 
 \b
+  dpkit predict --profile quick                             time, memory and disk, before anything starts
   dpkit study --profile quick                               all notebooks, as `make book` does
   dpkit run 03-tickets -p width 24 -p rounds 3              one notebook with other parameters
   dpkit compute --profile cifar10-small --device cuda       the same artifacts without notebooks
@@ -33,6 +34,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty
                   add_completion=False)
 app.add_typer(make.app)
 app.add_typer(look.app)
+app.add_typer(timing.app)
 
 
 def _version(value: bool) -> None:

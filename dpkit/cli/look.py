@@ -10,19 +10,20 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from dpkit.cli import foresee
 from dpkit.cli.shared import Profile, Settings, Workers, open_store, out, plan_of, settings_of, short
 
 app = typer.Typer()
 store_app = typer.Typer(help="Carry artifacts between machines.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.add_typer(foresee.app)
 
 
 @app.command()
 def status(profile: Profile = "quick", set: Settings = None, workers: Workers = 0) -> None:
     """What of a profile is done, missing and failed, and how long the rest will take."""
     from dpkit import stages
-    from dpkit.progress import duration
-    from dpkit.stages.run import available_cores
+    from dpkit.progress import span
 
     plan, store = plan_of(profile, settings_of(set)), open_store()
     table = Table("chapter", "units", "done", "missing", "no result", "errors", box=None)
@@ -35,24 +36,16 @@ def status(profile: Profile = "quick", set: Settings = None, workers: Workers = 
         errors = sum(1 for k in units if not store.has(k) and (store.root / "errors" / f"{k}.txt").exists())
         table.add_row(name, str(len(units)), str(len(done)), str(len(units) - len(done)), str(failed), str(errors))
     out.print(table)
-    left = sum(u.cost for k, u in everything.items() if not store.has(k))
-    pace = _pace(store, everything)
-    if not left:
-        out.print("complete")
-    elif pace is None:
-        out.print("time left: unknown until a first unit is done")
+    left = {key: unit for key, unit in everything.items() if not store.has(key)}
+    if left:
+        found = foresee.of_units(store, left, stages.choose_device("auto"), workers).forecast
+        time_, ends = span(found.seconds, found.low, found.high)
+        out.print(f"time left: about {time_} on this machine ({ends})")
     else:
-        out.print(f"time left: about {duration(left * pace / (workers or available_cores()))} on this machine")
+        out.print("complete")
     for key, unit in everything.items():
         if store.has(key) and store.get(key).failed and "parent" not in store.get(key).failed:
             out.print(f"  no result: {escape(unit.label)}: {escape(store.get(key).failed)}")
-
-
-def _pace(store, units) -> float | None:
-    """Seconds for each unit of cost, from the artifacts of this plan that are done."""
-    done = [(u.cost, store.get(k).meta["seconds"]) for k, u in units.items() if store.has(k)]
-    work = sum(cost for cost, _ in done)
-    return sum(seconds for _, seconds in done) / work if work else None
 
 
 @app.command()

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
+from dpkit.cli import foresee
 from dpkit.cli.shared import Device, Profile, Settings, Workers, open_store, out, plan_of, settings_of, short
 
 app = typer.Typer()
@@ -22,10 +22,18 @@ def study(profile: Profile = "quick", set: Settings = None, out_folder: Annotate
         workers: Workers = 0, device: Device = "auto",
         snakemake: Annotated[list[str] | None, typer.Argument(help="after --: options for Snakemake")] = None) -> None:
     """Run all notebooks of a profile through the workflow. What exists is not computed again."""
-    from dpkit import studies
+    from dpkit import stages, studies
 
-    folder = studies.run(profile, settings_of(set), out=out_folder, shares=shares, workers=workers, device=device,
-                         snakemake=snakemake or [])
+    plan = plan_of(profile, settings_of(set))
+    chosen, store = stages.choose_device(device), open_store()
+    expected = foresee.of_study(store, plan, chosen, workers)
+    foresee.announce(store, expected)
+    started = time.monotonic()
+    try:
+        folder = studies.run(profile, settings_of(set), out=out_folder, shares=shares, workers=workers, device=device,
+                             snakemake=snakemake or [])
+    finally:
+        expected.record(store, time.monotonic() - started)
     out.print(f"executed notebooks, figures and numbers: {short(folder)}")
 
 
@@ -70,6 +78,7 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
         units += [entry.unit for entry in plan.searches()]
     left = stages.missing(store, units)
     out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {device}")
+    foresee.announce(store, foresee.of_units(store, left, device, workers))
     started = time.monotonic()
     report = stages.compute(store, units, device=device, workers=workers, data_root=project.data_folder(),
                             observe=observer("compute"))
@@ -90,20 +99,3 @@ def book(profile: Profile = "quick", out_folder: Annotated[Path | None, typer.Op
 
     front = builder.build(profile, out_folder)
     out.print(f"the book: {short(front)}\n          {front.resolve().as_uri()}")
-
-
-@app.command()
-def bench(as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = False) -> None:
-    """Time the hot loops against a named reference in the same run; ratios, not seconds, are what counts."""
-    from dpkit import benchmark
-
-    rows = benchmark.run()
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    table = Table("work", "ours", "reference", "ratio", "spread", "unit", box=None)
-    for row in rows:
-        table.add_row(row["name"], f"{row['ours']:.4g}", f"{row['peer']:.4g}", f"{row['ratio']:.2f}",
-                      f"{row['low']:.2f} to {row['high']:.2f}", row["unit"])
-    out.print(table)

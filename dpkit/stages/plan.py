@@ -6,7 +6,7 @@ Nothing is computed here: keys follow from specifications, so the whole plan is 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from itertools import combinations
 from typing import Any
@@ -17,6 +17,7 @@ from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import count_prunable
 from dpkit.prune import survivors
+from dpkit.stages.costs import shipped_seconds
 from dpkit.stages.study import ARMS, Study
 from dpkit.stages.unit import Unit
 from dpkit.tree import seed_for
@@ -81,10 +82,12 @@ class Plan:
     def _seed(self, *path: int | str) -> int:
         return seed_for(self.study.run, *path)
 
-    def _unit(self, stage: str, spec: dict, parents: dict[str, Unit], label: str, cost: float) -> Unit:
-        """The unit, built once: equal requests give the same object."""
-        unit = Unit(stage, spec, parents, label, cost, self.study.data)
-        return self.memo.setdefault((unit.key,), unit)
+    def _unit(self, stage: str, spec: dict, parents: dict[str, Unit], label: str) -> Unit:
+        """The unit, built once: equal requests give the same object. Its cost is in seconds of a known machine."""
+        unit = Unit(stage, spec, parents, label, data=self.study.data)
+        if (unit.key,) not in self.memo:
+            self.memo[unit.key,] = replace(unit, cost=shipped_seconds(unit))
+        return self.memo[unit.key,]
 
     @_once
     def small_set(self, name: str, seed: int) -> Unit:
@@ -94,29 +97,18 @@ class Plan:
         spec = study.distill(factor, method)
         own = 0 if method in ("idc", "herding") else seed
         parents = {"network": self.dense(0, "search")} if method == "herding" else {}
-        steps = spec.outer * spec.inner
-        # a matching step differentiates twice: about three times the work of a training image
-        work = steps * self.identity["classes"] * (spec.real_batch + 3 * min(spec.synthetic_batch, spec.ipc * factor**2))
-        cost = work + steps * spec.network_images if method == "idc" else 5000
         return self._unit("distill", {"data": self.identity, "model": self.model, "distill": spec.to_dict(),
                                       "train": study.train_on_set(factor).to_dict(), "seed": self._seed("set", method, own)},
-                          parents, f"small set {name}" + ("" if method in ("idc", "herding") else f", seed {seed}"), cost)
+                          parents, f"small set {name}" + ("" if method in ("idc", "herding") else f", seed {seed}"))
 
     def _network(self, init: int, noise: int, label: str, *, images: Unit | None = None, ticket: Unit | None = None,
                  first_step: int = 0, snapshots: tuple[int, ...] = ()) -> Unit:
         study = self.study
-        if images is None:
-            train, count = study.train, self.identity["train"]
-        else:
-            factor = images.spec["distill"]["factor"]
-            train = study.train_on_set(factor)
-            count = images.spec["distill"]["ipc"] * self.identity["classes"] * factor**2
+        train = study.train if images is None else study.train_on_set(images.spec["distill"]["factor"])
         parents = {name: u for name, u in (("images", images), ("ticket", ticket)) if u is not None}
         spec = {"data": self.identity, "model": self.model, "train": train.to_dict(), "init_seed": self._seed("init", init),
                 "noise_seed": noise, "first_step": first_step, "snapshots": list(snapshots)}
-        # augmentation costs about half as much again as a small network's step
-        cost = train.epochs * count * (1.5 if train.augment.names else 1.0)
-        return self._unit("network", spec, parents, label, cost)
+        return self._unit("network", spec, parents, label)
 
     @_once
     def dense(self, init: int, role: str, child: int = 0) -> Unit:
@@ -157,7 +149,7 @@ class Plan:
             if rewound:
                 parents["start"] = self.dense(init, "search")
                 spec["rewind_step"] = self.rewind_step
-        return self._unit("ticket", spec, parents, f"{arm} ticket {init}, round {round}", 2000)
+        return self._unit("ticket", spec, parents, f"{arm} ticket {init}, round {round}")
 
     @_once
     def child(self, arm: str, init: int, round: int, child: int) -> Unit:
@@ -200,28 +192,28 @@ class Plan:
 
     def connectivity(self) -> list[Entry]:
         """The path between each pair of children of one ticket."""
-        spec = PathSpec(points=self.study.points, statistics=self.study.statistics).to_dict()
+        spec = PathSpec(points=self.study.points, statistics=self.study.statistics, precision=self.study.path_precision).to_dict()
         rows = []
         for arm, round in self.places():
             for init in range(self.study.seeds):
                 for a, b in combinations(range(self.study.children), 2):
                     ends = {"a": self.child(arm, init, round, a), "b": self.child(arm, init, round, b)}
                     unit = self._unit("path", {"data": self.identity, "model": self.model, "path": spec}, ends,
-                                      f"path {arm} {init}, round {round}, children {a}-{b}",
-                                      self.study.points * self.identity["test"] / 3)
+                                      f"path {arm} {init}, round {round}, children {a}-{b}")
                     rows.append(Entry(self._place(arm, round, init, pair=f"{a}-{b}"), unit))
         return rows
 
     def landscape(self) -> list[Entry]:
         """The plane through three children of the first initialisation, at the last measured round."""
         spec = PlaneSpec(resolution=self.study.plane_resolution, images=min(self.study.plane_images, self.identity["test"]),
-                         statistics="reestimate" if self.study.statistics == "reestimate" else "keep").to_dict()
+                         statistics="reestimate" if self.study.statistics == "reestimate" else "keep",
+                         precision=self.study.path_precision).to_dict()
         rows = []
         for arm in self.study.plane_arms:
             round = 0 if arm == "dense" else max(self.study.at_rounds)
             corners = {name: self.child(arm, 0, round, c) for c, name in enumerate("abc")}
             unit = self._unit("plane", {"data": self.identity, "model": self.model, "plane": spec}, corners,
-                              f"plane {arm}, round {round}", spec["resolution"] ** 2 * spec["images"] / 3)
+                              f"plane {arm}, round {round}")
             rows.append(Entry(self._place(arm, round, 0), unit))
         return rows
 
@@ -239,8 +231,7 @@ class Plan:
                     parents["ticket"] = self.ticket(arm, init, round)
                 unit = self._unit("hessian", {"data": self.identity, "model": self.model, "hessian": spec,
                                               "seed": self._seed("hessian", init)}, parents,
-                                  f"hessian {arm} {init}, round {round}",
-                                  (study.probes + study.lanczos_steps) * spec["images"] * 3)
+                                  f"hessian {arm} {init}, round {round}")
                 rows.append(Entry(self._place(arm, round, init), unit))
         return rows
 

@@ -1,36 +1,41 @@
 """Making units: in order, in parallel, with progress, and so that stopping at any moment loses little.
 
 On a CPU each worker process computes one unit at a time on one thread, so results do not depend on the number of cores. On
-a GPU one process trains units that share their settings as one population.
+a GPU one process trains units that share their settings as one population; the process that asked never touches the GPU, so
+that a device error leaves it whole.
 """
 from __future__ import annotations
 
+import gc
 import heapq
-import multiprocessing
-import os
-import queue
-import signal
-import threading
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from dpkit.stages.unit import STAGES, Context, Output, Unit, closure
+from dpkit import cores
+from dpkit.stages import forecast
+from dpkit.stages.execute import failure_kind, make
+from dpkit.stages.pool import LOWER, Pool
+from dpkit.stages.unit import Context, Unit, closure
 from dpkit.store import Store
 
 POPULATION = 16  # networks trained together on a GPU; halved when memory runs out
-SMALL = 20_000  # training images of work below which starting worker processes costs more than it saves
+SMALL = 8.0  # seconds of work below which starting worker processes costs more than it saves
+TRUST = 0.1  # how much of the work has to be done until its pace weighs as much as the prediction
 
 
 @dataclass
 class Progress:
-    """State of a computation, given to its observer. work is in the units' own cost, seconds since the start."""
+    """State of a computation, given to its observer.
+
+    work, total: predicted seconds of one process, done and in all. seconds: since the start. expected: seconds that the whole
+    computation was predicted to take.
+    """
 
     done: int
     units: int
@@ -38,11 +43,15 @@ class Progress:
     total: float
     seconds: float
     running: tuple[str, ...]
+    expected: float | None = None
 
     @property
     def left(self) -> float | None:
-        """Seconds left at the pace so far, or None before there is one."""
-        return self.seconds * (self.total - self.work) / self.work if self.work > 0 and self.seconds > 3 else None
+        """Seconds left: by the prediction at first, more and more by the pace so far; None where there is neither."""
+        share = self.work / self.total if self.total > 0 else 1.0
+        if self.expected is not None:
+            return (1 - share) * (TRUST * self.expected + self.seconds) / (TRUST + share)
+        return self.seconds * (1 - share) / share if share > 0 and self.seconds > 3 else None
 
 
 @dataclass
@@ -79,99 +88,122 @@ def missing(store: Store, units: Iterable[Unit]) -> dict[str, Unit]:
     return needed
 
 
-def make(context: Context, units: list[Unit]) -> dict[str, str | None]:
-    """Compute units of one stage together and store each; returns why each has no result, or None. Parents must exist."""
-    store, found = context.store, STAGES[units[0].stage]
-    started = time.monotonic()
-    context.start_clock()
-    families = [{role: store.get(p.key) for role, p in unit.parents.items()} for unit in units]
-    outputs: list[Output | None] = []
-    for family in families:
-        broken = next(((role, a) for role, a in family.items() if a.failed), None)
-        outputs.append(Output({}, {}, f"parent {broken[0]} ({broken[1].meta['label']}): {broken[1].failed}")
-                       if broken else None)
-    todo = [i for i, output in enumerate(outputs) if output is None]
-    if len(todo) > 1 and found.many:
-        fresh = found.many(context, [units[i] for i in todo], [families[i] for i in todo])
-    else:
-        fresh = [found.function(context, units[i], families[i]) for i in todo]
-    for i, output in zip(todo, fresh, strict=True):
-        outputs[i] = output
-    seconds = (time.monotonic() - started) / max(1, len(todo))
-    cpu_seconds = context.cpu_seconds() / max(1, len(todo))
-    for unit, output in zip(units, outputs, strict=True):
-        store.put(unit.key, stage=unit.stage, version=unit.version, spec=unit.spec, tensors=output.tensors,
-                  parents={role: p.key for role, p in unit.parents.items()}, result=output.result, seconds=seconds,
-                  label=unit.label, failed=output.failed,
-                  extra={"device": context.device, "cpu_seconds": round(cpu_seconds, 3),
-                         "data": unit.data.to_dict() if unit.data else None})
-    return {unit.key: output.failed for unit, output in zip(units, outputs, strict=True)}
-
-
 def compute(store: Store, units: Iterable[Unit], *, device: str = "auto", workers: int = 0, data_root: str | Path = "data",
             observe: Callable[[Progress], None] | None = None) -> Report:
     """Make all units that are missing, and what they need. workers: processes on a CPU (0: one a core).
 
     An error in one unit leaves the others to go on; it is kept in the report and in the store's ``errors`` folder, and the
-    unit is tried again next time. Ctrl-C stops the workers and passes on; finished units stay, and running ones keep
-    their last checkpoint.
+    unit is tried again next time. So it is with memory that runs out, a process that is killed and a GPU that fails, after
+    less at once was tried. Ctrl-C stops the workers and passes on; finished units stay, and running ones keep their last
+    checkpoint. How long it took against what was expected goes to the store's ``predictions.jsonl``.
     """
     device = choose_device(device)
     todo = missing(store, units)
     if not todo:
         return Report()
-    run = _Run(store, todo, device, Path(data_root), observe)
-    if device != "cpu":
-        run.here(POPULATION)
-    elif sum(unit.cost for unit in todo.values()) > SMALL:
-        run.in_processes(min(workers or available_cores(), len(todo)))
-    else:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: the same bits
-        try:
-            run.here(1)
-        finally:
-            torch.set_num_threads(threads)
+    expected = forecast.of(store, todo, device=device, workers=workers, small=SMALL, population=POPULATION)
+    run = _Run(store, todo, device, Path(data_root), observe, expected)
+    try:
+        if device != "cpu":
+            run.in_processes(1, POPULATION)
+        elif sum(expected.costs.values()) > SMALL:
+            run.in_processes(min(workers or cores.available(), len(todo)), 1)
+        else:
+            threads = cores.use(1)  # as in a worker: the same bits
+            try:
+                run.here(1)
+            finally:
+                cores.use(threads)
+    finally:
+        forecast.record(store, expected, run.seconds, run.share, complete=not run.left_over,
+                        made=run.report.made)
     return run.report
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Run:
     """The state of one call of :func:`compute`."""
 
-    def __init__(self, store: Store, todo: dict[str, Unit], device: str, data_root: Path, observe):
+    def __init__(self, store: Store, todo: dict[str, Unit], device: str, data_root: Path, observe,
+                 expected: forecast.Forecast | None = None):
         self.store, self.todo, self.device, self.data_root, self.observe = store, todo, device, data_root, observe
+        self.expected = expected or forecast.of(store, todo, device=device, workers=1, small=SMALL,
+                                                 population=POPULATION)
+        self.costs = self.expected.costs
         self.report, self.started = Report(), time.monotonic()
-        self.waiting = {key: {p.key for p in unit.parents.values() if p.key in todo} for key, unit in todo.items()}
-        self.children: dict[str, list[str]] = {}
-        for key, parents in self.waiting.items():
-            for parent in parents:
-                self.children.setdefault(parent, []).append(key)
-        self.urgency = self._urgency()
+        self.waiting, self.children = forecast.graph(todo)
+        self.urgency = forecast.urgency(todo, self.children, self.costs)
         self.ready = [(-self.urgency[key], key) for key, parents in self.waiting.items() if not parents]
         heapq.heapify(self.ready)
         self.running: dict[str, float] = {}  # key -> share done
+        self.limits: dict[str, int] = {}  # most units of a group at once, after more were too many
+        self.ended: set[str] = set()
+        self.dropped: set[str] = set()
+        self.total = sum(self.costs[key] for key in todo)
         self.finished = 0.0
 
-    def _urgency(self) -> dict[str, float]:
-        """Work on the longest chain from each unit on: the longest chain goes first, so that it does not end alone."""
-        urgency: dict[str, float] = {}
-        for key in reversed(self.todo):  # children come after parents in todo
-            after = max((urgency[child] for child in self.children.get(key, ())), default=0.0)
-            urgency[key] = self.todo[key].cost + after
-        return urgency
+    # --- what is where ------------------------------------------------------------------------------------------------
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self.started
 
-    def pop(self) -> Unit:
+    @property
+    def share(self) -> float:
+        """Share of the work that was done, units without any work left out: those that an error made impossible."""
+        partial = sum(self.costs[key] * share for key, share in self.running.items())
+        possible = self.total - sum(self.costs[key] for key in self.dropped)
+        return min(1.0, (sum(self.costs[key] for key in self.ended) + partial) / possible) if possible > 0 else 1.0
+
+    @property
+    def left_over(self) -> bool:
+        """Whether there is work that was not done."""
+        return len(self.ended) + len(self.dropped) < len(self.todo)
+
+    def group(self, limit: int) -> list[Unit]:
+        """The most urgent ready unit with others that may be computed together with it, at most ``limit``."""
+        first = self._pop()
+        name = forecast.group_name(first)
+        limit = min(limit, self.limits.get(name or first.key, limit), self.limits.get(first.key, limit))
+        group, others = [first], []
+        while name is not None and self.ready and len(group) < limit:
+            unit = self._pop()
+            same = forecast.group_name(unit) == name and unit.key not in self.limits
+            (group if same else others).append(unit)
+        self.push(others)
+        return group
+
+    def _pop(self) -> Unit:
         return self.todo[heapq.heappop(self.ready)[1]]
+
+    def push(self, units: list[Unit]) -> None:
+        """Back to those that are ready."""
+        for unit in units:
+            self.running.pop(unit.key, None)
+            heapq.heappush(self.ready, (-self.urgency[unit.key], unit.key))
+
+    def split(self, units: list[Unit], size: int) -> None:
+        """Too many at once: they and their like go on in groups of at most ``size``; of size 1, they alone do."""
+        if size > 1:
+            self.limits[forecast.group_name(units[0]) or units[0].key] = size
+        else:
+            self.limits |= {unit.key: 1 for unit in units}
+        self.push(units)
+
+    def start(self, units: list[Unit]) -> None:
+        """Note that units are being made."""
+        self.running |= {unit.key: 0.0 for unit in units}
+        self.show()
+
+    def step(self, units: list[Unit], done: int, total: int) -> None:
+        """Note how far units are that are made together."""
+        for unit in units:
+            self.running[unit.key] = done / max(total, 1)
+        self.show()
 
     def settle(self, key: str, failed: str | None = None, error: str | None = None) -> None:
         """Note that a unit has ended, and free its children or drop them when there is nothing to build on."""
         self.running.pop(key, None)
-        self.finished += self.todo[key].cost
+        self.ended.add(key)
         errors = self.store.root / "errors" / f"{key}.txt"
         if error is None:
             errors.unlink(missing_ok=True)
@@ -181,146 +213,65 @@ class _Run:
             for child in self.children.get(key, ()):
                 self.waiting[child].discard(key)
                 if not self.waiting[child]:
-                    heapq.heappush(self.ready, (-self.urgency[child], child))
+                    self.push([self.todo[child]])
         else:
             errors.parent.mkdir(exist_ok=True)
             errors.write_text(f"{self.todo[key].label}\n{error}", encoding="utf-8")
             self.report.errors[key] = f"{self.todo[key].label}: {error.strip().splitlines()[-1]}"
-            for child in self.children.get(key, ()):
-                self.finished += self.todo[child].cost
+            below = [key]
+            while below:
+                below = [c for k in below for c in self.children.get(k, ()) if c not in self.dropped]
+                self.dropped.update(below)
         self.show()
 
     def show(self) -> None:
+        """Tell the observer."""
         if self.observe is not None:
-            partial = sum(self.todo[key].cost * share for key, share in self.running.items())
-            total = sum(unit.cost for unit in self.todo.values())
-            self.observe(Progress(len(self.report.made), len(self.todo), min(self.finished + partial, total), total,
-                                  time.monotonic() - self.started, tuple(self.todo[key].label for key in self.running)))
+            gone = sum(self.costs[key] for key in self.ended | self.dropped)
+            partial = sum(self.costs[key] * share for key, share in self.running.items())
+            self.observe(Progress(len(self.report.made), len(self.todo), min(gone + partial, self.total), self.total,
+                                  self.seconds, tuple(self.todo[key].label for key in self.running), self.expected.seconds))
 
-    def step(self, key: str, done: int, total: int) -> None:
-        if key in self.running:
-            self.running[key] = done / total
-            self.show()
+    # --- computing ----------------------------------------------------------------------------------------------------
+    def in_processes(self, workers: int, population: int) -> None:
+        """Compute in worker processes, up to ``population`` networks at once in each."""
+        Pool(self, self.store.root, self.data_root, self.device, workers, population).run()
 
-    # --- one process, populations -------------------------------------------------------------------------------------
     def here(self, limit: int) -> None:
         """Compute in this process, up to ``limit`` networks at once."""
-        last = 0.0
+        cores.keep_memory()
+        last, group = 0.0, []
 
         def progress(key: str, done: int, total: int) -> None:
             nonlocal last
             if time.monotonic() - last > 1:
                 last = time.monotonic()
-                for name in list(self.running):
-                    self.running[name] = done / total
-                self.show()
+                self.step(group, done, total)
 
         context = Context(self.store, self.device, self.data_root, progress)
+        said = False
         while self.ready:
-            group = self._group(limit)
-            self.running = {unit.key: 0.0 for unit in group}
-            self.show()
+            group = self.group(limit)
+            self.start(group)
             try:
-                outcome = make(context, group)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                if len(group) > 1:
-                    limit = len(group) // 2
-                    for unit in group:
-                        heapq.heappush(self.ready, (-self.urgency[unit.key], unit.key))
-                    continue
-                self.settle(group[0].key, error="out of GPU memory; lower batch_size or width")
+                outcome, what = make(context, group), None
+            except Exception as error:
+                what, text = failure_kind(error), traceback.format_exc()
+            if what is None:
+                for key, failed in outcome.items():
+                    self.settle(key, failed)
                 continue
-            except Exception:
-                text = traceback.format_exc()
-                for unit in group:
-                    self.settle(unit.key, error=text)
-                continue
-            for key, failed in outcome.items():
-                self.settle(key, failed)
-
-    def _group(self, limit: int) -> list[Unit]:
-        """The most urgent ready unit with others that may be computed together with it."""
-        first = self.pop()
-        grouping = STAGES[first.stage].group
-        if grouping is None:
-            return [first]
-        group, others = [first], []
-        while self.ready and len(group) < limit:
-            unit = self.pop()
-            same = unit.stage == first.stage and grouping(unit) == grouping(first)
-            (group if same else others).append(unit)
-        for unit in others:
-            heapq.heappush(self.ready, (-self.urgency[unit.key], unit.key))
-        return group
-
-    # --- several processes, one unit each -------------------------------------------------------------------------------
-    def in_processes(self, workers: int) -> None:
-        start = multiprocessing.get_context("spawn")
-        steps = start.Queue()
-        pool = ProcessPoolExecutor(workers, start, _prepare_worker, (str(self.store.root), str(self.data_root), steps))
-        futures: dict[Future, str] = {}
-        try:
-            while self.ready or futures:
-                while self.ready and len(futures) < workers:
-                    unit = self.pop()
-                    self.running[unit.key] = 0.0
-                    futures[pool.submit(_work, unit)] = unit.key
-                self.show()
-                done, _ = wait(futures, timeout=1.0, return_when=FIRST_COMPLETED)
-                while True:
-                    try:
-                        self.step(*steps.get_nowait())
-                    except queue.Empty:
-                        break
-                for future in done:
-                    key = futures.pop(future)
-                    try:
-                        failed, error = future.result()
-                    except BrokenProcessPool:
-                        raise RuntimeError(f"a worker process died while computing {self.todo[key].label}, most likely out "
-                                           "of memory; try --workers 1") from None
-                    self.settle(key, failed, error)
-            pool.shutdown()
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            gc.collect()  # only now, when the error no longer holds on to what did not fit
+            if len(group) > 1:
+                smaller = 1 if what == "error" else len(group) // 2
+                if what != "error" and not said:
+                    said = True
+                    print(f"dpkit: not enough memory with {len(group)} networks at once; going on with {smaller}",
+                          file=sys.stderr)
+                self.split(group, smaller)
+            else:
+                self.settle(group[0].key, error=text if what != "memory" else
+                            f"{text}\nnot enough memory to compute this alone; {LOWER}")
 
 
-_context: Context | None = None
-
-
-def _prepare_worker(root: str, data_root: str, steps) -> None:
-    """One thread for each worker: equal bits on any number of cores, and no oversubscription."""
-    global _context
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    torch.set_num_threads(1)
-    last = 0.0
-
-    def progress(key: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > 0.5:
-            last = time.monotonic()
-            steps.put((key, done, total))
-
-    _context = Context(Store(root), "cpu", Path(data_root), progress)
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent was killed, instead of computing on for nobody."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _work(unit: Unit) -> tuple[str | None, str | None]:
-    try:
-        return make(_context, [unit])[unit.key], None
-    except Exception:
-        return None, traceback.format_exc()
-
-
-__all__ = ["Progress", "Report", "available_cores", "choose_device", "closure", "compute", "make", "missing"]
+__all__ = ["Progress", "Report", "choose_device", "closure", "compute", "make", "missing"]

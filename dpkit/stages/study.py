@@ -42,13 +42,14 @@ SETS = ("idc", "idc_factor1", "random_real", "herding")
 class Study(Spec):
     """Everything that a study is made of. Defaults are a small study of the built-in data set.
 
-    Data: dataset (see ``DataSpec``), train_images and test_images to keep (0: all), image_size of image folders.
-    Network: arch, width. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment
-    (operations joined by ``_``), cutmix (probability), precision, compile. Distillation: sets to make and compare, ipc,
-    factor, distill_* as in ``DistillSpec``. Training on small sets: set_epochs for IDC's decoded images (other sets get as
-    many steps), set_lr, set_augment, set_cutmix, evaluation_seeds. Pruning: arms, fraction, rounds, at_rounds (the rounds
-    whose tickets are trained and measured), rewind_epochs (what ``ltr`` rewinds to), scope. Measuring: seeds
-    (initialisations), children (per ticket), points on a path, statistics (BatchNorm on the way), plane_arms,
+    Data: dataset (see ``DataSpec``), train_images and test_images to keep (0: all), image_size of image folders. Network:
+    arch, width. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined
+    by ``_``), cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile. Distillation: sets to
+    make and compare, ipc, factor, distill_* as in ``DistillSpec``. Training on small sets: set_epochs for IDC's decoded
+    images (other sets get as many steps), set_lr, set_augment, set_cutmix, evaluation_seeds. Pruning: arms, fraction, rounds,
+    at_rounds (the rounds whose tickets are trained and measured), rewind_epochs (what ``ltr`` rewinds to), scope. Measuring:
+    seeds (initialisations), children (per ticket), points on a path, statistics (BatchNorm on the way),
+    path_precision (of paths and planes), plane_arms,
     plane_resolution, plane_images, hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
     """
 
@@ -66,6 +67,9 @@ class Study(Spec):
     schedule: str = "multistep"
     augment: str = ""
     cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    nesterov: bool = False
+    alternating_flip: bool = False
     precision: str = "fp32"
     compile: bool = False
     sets: tuple[str, ...] = SETS
@@ -78,6 +82,7 @@ class Study(Spec):
     distill_real_batch: int = 64
     distill_network_images: int = 256
     distill_precision: str = "fp32"
+    distill_compile: bool = False
     set_epochs: int = 100
     set_lr: float = 0.02
     set_augment: str = "color_crop_flip_scale_rotate"
@@ -93,6 +98,7 @@ class Study(Spec):
     children: int = 2
     points: int = 11
     statistics: str = "reestimate"
+    path_precision: str = "fp32"
     plane_arms: tuple[str, ...] = ("dense", "distilled")
     plane_resolution: int = 15
     plane_images: int = 1000
@@ -122,7 +128,7 @@ class Study(Spec):
             "outer", "inner", "lr", "distance", "real_batch", "network_images", "precision")})
         _checked(lambda: self.train_on_set(self.factor), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
         ModelSpec(arch=self.arch, width=self.width)
-        PathSpec(points=self.points)
+        _checked(lambda: PathSpec(points=self.points, precision=self.path_precision), precision="path_precision")
         _checked(lambda: PlaneSpec(resolution=self.plane_resolution, images=self.plane_images), resolution="plane_resolution",
                  images="plane_images")
         _checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
@@ -139,7 +145,9 @@ class Study(Spec):
         """Training on real data."""
         return TrainSpec(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, momentum=self.momentum,
                          weight_decay=self.weight_decay, schedule=self.schedule, precision=self.precision,
-                         augment=AugmentSpec(operations=self.augment), cutmix=self.cutmix, compile=self.compile)
+                         augment=AugmentSpec(operations=self.augment), cutmix=self.cutmix, compile=self.compile,
+                         label_smoothing=self.label_smoothing, nesterov=self.nesterov,
+                         alternating_flip=self.alternating_flip)
 
     def train_on_set(self, factor: int) -> TrainSpec:
         """Training on a small set. Sets that decode into fewer images get more epochs, so that all take as many steps."""
@@ -154,7 +162,8 @@ class Study(Spec):
             return DistillSpec(method=method, ipc=self.ipc, factor=1)
         return DistillSpec(ipc=self.ipc, factor=factor, outer=self.distill_outer, inner=self.distill_inner,
                            lr=self.distill_lr, distance=self.distill_distance, real_batch=self.distill_real_batch,
-                           network_images=self.distill_network_images, precision=self.distill_precision)
+                           network_images=self.distill_network_images, precision=self.distill_precision,
+                           compile=self.distill_compile)
 
     @property
     def prune(self) -> PruneSpec:

@@ -16,7 +16,7 @@ from dpkit.store import Artifact, Store, key_for
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A stage, its specification and its parents. label: for people; cost: expected work, in training images.
+    """A stage, its specification and its parents. label: for people; cost: expected seconds by the shipped table.
 
     data: where the images come from. It is not part of the key; their identity, in ``spec``, is.
     """

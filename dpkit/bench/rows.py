@@ -1,0 +1,173 @@
+"""The rows of the table: which work, ours and the reference's, and the ratio that is asked for."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dpkit.bench import counts, spectra
+from dpkit.bench.harness import Job
+from dpkit.models import ModelSpec, Work
+
+PAIRS = 5
+JOBS = "dpkit.bench.jobs:"
+NETWORKS: dict[str, dict[str, Any]] = {
+    "ConvNet-3-16, 16 pixels": {"arch": "convnet3", "width": 16, "image_size": 16},
+    "ConvNet-3-32": {"arch": "convnet3", "width": 32},
+    "ConvNet-3-128": {"arch": "convnet3", "width": 128},
+    "ResNet-10-32": {"arch": "resnet10", "width": 32},
+    "ResNet-18-32": {"arch": "resnet18", "width": 32},
+}
+SMALL = "ConvNet-3-16, 16 pixels"  # the quick profile's network: it runs uncompiled in fp32, and --quick times it alone
+PAPER = "the paper's loop"
+CONTROL = "reference keeps memory"
+PYHESSIAN = ("PyHessian", "products_pyhessian")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    id: for ``--only``. reference: what the peer is. target: the least ratio asked for. controls: further peers, reported in rows
+    of their own without a target. floor, precision: the work of one unit, and of which ceiling a share is taken. why: why it
+    cannot be measured here (then there are no jobs). verdict: from both sides' results a note, and why the comparison fails.
+    """
+
+    id: str
+    name: str
+    unit: str
+    reference: str
+    target: float | None
+    ours: Job | None = None
+    peer: Job | None = None
+    controls: Mapping[str, Job] = field(default_factory=dict)
+    pairs: int = PAIRS
+    floor: Work | None = None
+    precision: str = "fp32"
+    why: str = ""
+    verdict: Callable[[Any, Any], tuple[str, str]] | None = None
+
+
+def everywhere(function: str, work: float, share: bool = False, **arguments: Any) -> Job:
+    """Ours: on every core a process with one thread and kept memory."""
+    return Job(JOBS + function, work, arguments, everywhere=True, threads=1, keep=True, share=share)
+
+
+def plain(function: str, work: float, keep: bool = False, **arguments: Any) -> Job:
+    """A peer: one process as it comes."""
+    return Job(JOBS + function, work, arguments, keep=keep)
+
+
+def bytes_of(precision: str) -> int:
+    """Size of one activation."""
+    return 2 if precision == "bf16" else 4
+
+
+def training_row(id: str, name: str, images: int, ours: int, quick: bool, pairs: int = PAIRS) -> Row:
+    """Training with DSA and CutMix: ``images`` a run for the peer, ``ours`` in each of our processes."""
+    model, precision = NETWORKS[name], "fp32" if quick else "bf16"
+    return Row(id, f"training, {name}, DSA and CutMix", "images/s", PAPER, 4.0,
+               everywhere("train", ours, model=model, images=ours, compile=not quick, precision=precision),
+               plain("train_reference", images, model=model, images=images),
+               {CONTROL: plain("train_reference", images, True, model=model, images=images)}, pairs,
+               counts.work(counts.TRAINING, ModelSpec(**model), 1, bytes_of(precision)), precision)
+
+
+def together_row(name: str, images: int, quick: bool, pairs: int = PAIRS) -> Row:
+    """Eight networks in worker processes, and one after another on all cores as threads of one process, the same loop."""
+    model, precision = NETWORKS[name], "fp32" if quick else "bf16"
+    same = {"model": model, "images": images, "networks": 8, "compile": not quick, "precision": precision}
+    return Row("together", f"eight {name} together", "images/s", "one after another in our own loop, all cores as threads", 1.3,
+               everywhere("train", 8 * images, share=True, **same), plain("train", 8 * images, True, **same), {}, pairs,
+               counts.work(counts.TRAINING, ModelSpec(**model), 1, bytes_of(precision)), precision)
+
+
+def matching_row(name: str, quick: bool, pairs: int = PAIRS) -> Row:
+    """A matching step of ten classes, 64 real and 4 x ipc synthetic images each."""
+    model, precision, ipc = NETWORKS[name], "fp32" if quick else "bf16", 10
+    same = {"model": model, "steps": 1, "ipc": ipc}
+    return Row("matching", f"matching step, ipc {ipc}, factor 2, {name}", "steps/s", "the IDC loop", 3.0,
+               everywhere("match", 1, **same, precision=precision, form="loop" if quick else "compiled"),
+               plain("match_reference", 1, **same), {CONTROL: plain("match_reference", 1, True, **same)}, pairs,
+               counts.matching(ModelSpec(**model), 64, 4 * ipc, 10, bytes_of(precision)), precision)
+
+
+def path_row(name: str, points: int, images: int, quick: bool, pairs: int = PAIRS) -> Row:
+    """A path of 25 points. Work is linear in the images, so a share of the 6,000 is timed."""
+    model = NETWORKS[name]
+    same = {"model": model, "points": points, "images": images}
+    title = f"path of {points} points, {name}" + ("" if quick else f" ({images:,} of 6,000 images timed)")
+    return Row("path", title, "images/s", PAPER, 3.0, everywhere("path", points * images, **same),
+               plain("path_reference", points * images, **same), {}, pairs, counts.work(counts.FORWARD, ModelSpec(**model)))
+
+
+def product_row(id: str, name: str, model: Mapping[str, Any], peer: tuple[str, str], count: int, quick: bool,
+                pairs: int = PAIRS, **options: Any) -> Row:
+    """Hessian products on 200 images. peer: the reference's name and the function that builds it."""
+    reference, function = peer
+    same = {"model": dict(model), "count": count}
+    return Row(id, f"Hessian product, {name}, 200 images, and {reference}", "products/s", reference, 4.0,
+               everywhere("products", count, **same), plain(function, count, **same, **options),
+               {CONTROL: plain(function, count, True, **same, **options)}, pairs,
+               counts.work(counts.PRODUCT_KEPT, ModelSpec(**model), 200))
+
+
+def spectra_row(width: int, images: int, quick: bool, pairs: int) -> Row:
+    """Trace, top five and density of a trained network, to equal error; in minutes, as the reference takes long."""
+    same = {"model": {"arch": "convnet3", "width": width, "image_size": 16}, "images": images}
+    return Row("spectra", f"trace, top-5, density to equal error, ConvNet-3-{width} on shapes, {images} images", "runs/s",
+               PYHESSIAN[0], 3.0, Job("dpkit.bench.spectra:ours", 1, {**same, "compile": not quick}, True, 1, True, warm=1),
+               Job("dpkit.bench.spectra:pyhessian", 1, same, warm=0), {}, pairs, verdict=spectra.verdict)
+
+
+def processor_rows(quick: bool = False) -> list[Row]:
+    """The rows of a processor."""
+    if quick:
+        model = NETWORKS[SMALL]
+        small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, 2),
+                 matching_row(SMALL, True, 2), path_row(SMALL, 25, 100, True, 2),
+                 product_row("product", SMALL, model, PYHESSIAN, 2, True, 2), spectra_row(4, 20, True, 1)]
+        return [replace(row, target=None) for row in small]  # the targets are for other networks
+    middle, resnet = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"]
+    return [
+        training_row("train-convnet3", "ConvNet-3-128", 960, 1920, False),
+        training_row("train-resnet10", "ResNet-10-32", 960, 1280, False),
+        training_row("train-resnet18", "ResNet-18-32", 640, 640, False),
+        together_row("ConvNet-3-32", 1280, False),
+        matching_row("ConvNet-3-128", False),
+        path_row("ConvNet-3-128", 25, 500, False, 3),
+        product_row("product", "ConvNet-3-64", middle, PYHESSIAN, 3, False),
+        product_row("product-loader", "ConvNet-3-64", middle, ("PyHessian, loader of 100", PYHESSIAN[1]), 3, False,
+                    batch=100),
+        product_row("product-resnet10", "ResNet-10-32", resnet, PYHESSIAN, 1, False, 3),
+        product_row("product-curvlinops", "ResNet-10-32", resnet, ("curvlinops", "products_curvlinops"), 1, False, 3),
+        spectra_row(64, 200, False, 2),
+    ]
+
+
+def accelerator_rows(long: bool = False) -> list[Row]:
+    """The rows of a GPU; without one, or without ``long`` for the two that take up to an hour, they say why."""
+    here = torch.cuda.is_available()
+    absent = "" if here else "no CUDA GPU on this machine"
+    hours = absent or ("" if long else "takes up to an hour: give --long")
+    model = NETWORKS["ConvNet-3-128"]
+
+    def cuda(function: str, work: float, **arguments: Any) -> Job:
+        return Job(JOBS + function, work, {**arguments, "device": "cuda"}, keep=True)
+
+    count, images = 32, 6400
+    rows = [
+        Row("gpu-population", f"GPU: {count} ConvNet-3-128 together, DSA and CutMix", "images/s", f"{PAPER}, same GPU", 20.0,
+            cuda("train", count * images, model=model, images=images, networks=count),
+            cuda("train_reference", images, model=model, images=images), why=absent, precision="bf16",
+            floor=counts.work(counts.TRAINING, ModelSpec(**model), 1, 2)),
+        Row("gpu-matching", "GPU: matching step, ipc 10, factor 2, ConvNet-3-128", "steps/s", "the IDC loop, same GPU", 10.0,
+            cuda("match", 20, model=model, steps=20, form="auto"), cuda("match_reference", 5, model=model, steps=5),
+            why=absent, precision="bf16", floor=counts.matching(ModelSpec(**model), 64, 40, 10, 2)),
+    ]
+    for id, name in (("gpu-idc", "GPU: IDC, ipc 10, CIFAR-10 to at least 65%, in 15 minutes"),
+                     ("gpu-study", "GPU: study of CIFAR-10 with ConvNet-3-128 in 60 minutes, as predicted to 25%")):
+        rows.append(Row(id, name, "minutes", "the time allowed", 1.0, why=hours))
+    return rows

@@ -1,0 +1,272 @@
+"""What is known about a unit before it runs: how much it computes, what it leaves on disk, how much memory it takes.
+
+Everything is read from specifications, of the unit and of its parents, so that a unit to come and an artifact in the store
+are described by the same function.
+"""
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dpkit.models import ModelSpec, forward_work
+from dpkit.models.network import family
+from dpkit.models.work import layer_work
+from dpkit.spec import canonical_json
+
+BLOCK = 4096  # bytes that the smallest file takes
+CHUNK = 100  # images of one piece of a Hessian product
+EVALUATED = 500  # images of one pass of an evaluation
+BACKWARD = 3  # a forward and a backward pass, in forward passes
+LANES = 16  # channels that are computed together
+TWICE = 9  # the same differentiated once more
+
+Specs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """kind: units whose speed is one thing, as ``network/bf16+compile``. amounts: how much of each sort of work, by name.
+
+    Amounts are in GFLOP, GB, millions of pixels or of weights, or counts; each is at least 0. compiled: names of the functions
+    that are compiled for it, once in a process.
+    """
+
+    kind: str
+    amounts: Mapping[str, float]
+    compiled: tuple[str, ...] = ()
+
+
+@lru_cache(maxsize=256)
+def _model(text: str) -> ModelSpec:
+    return ModelSpec(**json.loads(text))
+
+
+def model_of(spec: Mapping[str, Any]) -> ModelSpec:
+    """The network that a unit's specification names."""
+    return _model(canonical_json(spec["model"]))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one network: FLOPs (its channels filled up to whole vectors) and numbers moved for one image forward; entries of
+    parameters, buffers and prunable weights; activations: numbers that a backward pass needs, for one image; tensors: how
+    many it has."""
+
+    flops: float
+    moved: float
+    parameters: int
+    buffers: int
+    prunable: int
+    activations: float
+    tensors: int
+
+
+@lru_cache(maxsize=256)
+def sizes(model: ModelSpec) -> Sizes:
+    """The sizes of a network, from its layers' shapes alone."""
+    parameters = buffers = tensors = 0
+    for layer in family(model).table(model):
+        shape = getattr(layer, "shape", None)
+        if shape:
+            parameters += math.prod(shape) + (shape[0] if layer.bias else 0)
+            tensors += 1 + layer.bias
+        else:
+            parameters += 2 * layer.channels
+            buffers += 2 * layer.channels * layer.tracked
+            tensors += 2 + 2 * layer.tracked
+    # vector units take channels sixteen at a time: a network of width 24 computes as long as one of width 32
+    whole = model.replace(width=-(-model.width // LANES) * LANES)
+    flops, moved, layers = forward_work(whole, 1).flops, forward_work(model, 1).bytes, list(layer_work(model))
+    # kept for a backward pass: each layer's input, and around it the norm's input and the ReLU's output
+    kept = sum(layer.inputs + 2 * layer.outputs for layer in layers)
+    return Sizes(flops, moved, parameters, buffers, sum(layer.weights for layer in layers), kept, tensors)
+
+
+def _moved(model: ModelSpec, gbyte: float) -> dict[str, float]:
+    """Gigabytes, and how much of them an instance norm works on, which takes longer than BatchNorm does."""
+    return {"gbyte": gbyte, "norm gbyte": gbyte * (model.norm_kind == "instance")}
+
+
+def _ways(spec: Mapping[str, Any]) -> str:
+    """Precision and execution, as part of a kind."""
+    return (spec.get("precision") or spec.get("dtype") or "fp32") + ("+compile" if spec.get("compile") else "")
+
+
+def _itemsize(spec: Mapping[str, Any]) -> int:
+    return {"bf16": 2, "float64": 8}.get(spec.get("precision") or spec.get("dtype") or "", 4)
+
+
+def _pixels(data: Mapping[str, Any]) -> int:
+    return math.prod(data["shape"])
+
+
+def _operations(names: str) -> int:
+    """How many passes over the pixels an augmentation makes: moving them takes about two of changing their colours."""
+    found = set(filter(None, names.split("_")))
+    return len(found & {"color", "flip", "cutout"}) + 2 * bool(found & {"crop", "scale", "rotate"})
+
+
+def set_images(distill: Mapping[str, Any], classes: int) -> int:
+    """Training images that a small set decodes into."""
+    return distill["ipc"] * classes * distill["factor"] ** 2
+
+
+def schedule(spec: Mapping[str, Any], parents: Specs) -> tuple[int, int, int]:
+    """(images, steps, batches of an epoch) of a network's training."""
+    train, data = spec["train"], spec["data"]
+    images = set_images(parents["images"]["distill"], data["classes"]) if "images" in parents else data["train"]
+    per_epoch = -(-images // train["batch_size"])
+    return images, max(1, train["epochs"] * per_epoch - spec.get("first_step", 0)), per_epoch
+
+
+def _network(spec: Mapping[str, Any], parents: Specs) -> Features:
+    train, data, net = spec["train"], spec["data"], sizes(model_of(spec))
+    images, steps, per_epoch = schedule(spec, parents)
+    points, operations = steps * images / per_epoch, _operations(train["augment"]["operations"])
+    changed = operations + train["cutmix"]
+    amounts = {"unit": 1, "step": steps, "gflop": BACKWARD * net.flops * points / 1e9,
+               **_moved(model_of(spec), (BACKWARD * net.moved * points * _itemsize(train) + 32 * net.parameters * steps) / 1e9),
+               "augmented step": steps * (changed > 0), "augmented mpixel": changed * points * _pixels(data) / 1e6,
+               "test gflop": net.flops * data["test"] / 1e9}
+    compiled: tuple[str, ...] = ()
+    if train.get("compile"):
+        sizes_of_batches = {min(images, train["batch_size"]), images - (per_epoch - 1) * train["batch_size"]}
+        compiled = tuple(canonical_json([spec["model"], train["precision"], size]) for size in sorted(sizes_of_batches))
+    return Features(f"network/{_ways(train)}", amounts, compiled)
+
+
+def _distill(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked, data, net = spec["distill"], spec["data"], sizes(model_of(spec))
+    if asked["method"] != "idc":
+        return Features("choose", {"unit": 1, "gflop": net.flops * data["train"] / 1e9 if asked["method"] == "herding" else 0.0})
+    steps, classes, image = asked["outer"] * asked["inner"], data["classes"], _pixels(data)
+    matched = min(asked["ipc"] * asked["factor"] ** 2, asked["synthetic_batch"])
+    passes = classes * (BACKWARD * asked["real_batch"] + TWICE * matched)
+    shown = min(asked["network_images"], data["train"])
+    operations = _operations(asked["augment"]["operations"])
+    amounts = {"unit": 1, "step": steps, "gflop": steps * passes * net.flops / 1e9,
+               **_moved(model_of(spec), steps * passes * net.moved * _itemsize(asked) / 1e9),
+               "network step": steps * -(-shown // asked["network_batch"]),
+               "network gflop": steps * shown * BACKWARD * net.flops / 1e9,
+               "augmented mpixel": steps * image / 1e6 * (operations * classes * (asked["real_batch"] + matched) + 5 * shown)}
+    compiled = (canonical_json([spec["model"], asked["precision"], "match"]),) if asked.get("compile") else ()
+    return Features(f"idc/{_ways(asked)}", amounts, compiled)
+
+
+def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
+    return Features("ticket", {"unit": 1, "mweight": sizes(model_of(spec)).parameters / 1e6})
+
+
+def _evaluations(kind: str, asked: Mapping[str, Any], spec: Mapping[str, Any], points: int, images: int) -> Features:
+    model, net = model_of(spec), sizes(model_of(spec))
+    measured = asked["statistics_images"] if asked["statistics"] == "reestimate" and model.norm_kind == "batch" else 0
+    total = points * (images + measured)
+    return Features(f"{kind}/{_ways(asked)}", {"unit": 1, "step": points * (-(-images // EVALUATED) + -(-measured // 250)),
+                                               "gflop": total * net.flops / 1e9,
+                                               **_moved(model, total * net.moved * _itemsize(asked) / 1e9)})
+
+
+def _path(spec: Mapping[str, Any], parents: Specs) -> Features:
+    return _evaluations("path", spec["path"], spec, spec["path"]["points"], spec["data"]["test"])
+
+
+def _plane(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["plane"]
+    images = min(asked["images"] or spec["data"]["test"], spec["data"]["test"])
+    return _evaluations("plane", asked, spec, asked["resolution"] ** 2, images)
+
+
+def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked, net = spec["hessian"], sizes(model_of(spec))
+    products = asked["probes"] + asked["lanczos_steps"]
+    total = products * asked["images"] * TWICE
+    return Features(f"hessian/{_ways(asked)}", {"unit": 1, "step": products * -(-asked["images"] // CHUNK),
+                                                "gflop": total * net.flops / 1e9,
+                                                **_moved(model_of(spec), total * net.moved * _itemsize(asked) / 1e9)})
+
+
+_FEATURES = {"network": _network, "distill": _distill, "ticket": _ticket, "path": _path, "plane": _plane, "hessian": _hessian}
+
+
+def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:
+    """What a unit of ``stage`` computes; parents: their specifications by role. None for a stage that is not described."""
+    return _FEATURES[stage](spec, parents) if stage in _FEATURES else None
+
+
+#: amounts that networks of one population on a GPU share: it launches what all of them need at once
+SHARED = ("step", "augmented step")
+
+
+def together(found: Features, population: int) -> Features:
+    """The features of one of ``population`` networks that are trained at once."""
+    shared = {name: value / (population if name in SHARED else 1) for name, value in found.amounts.items()}
+    return Features(found.kind, shared, found.compiled)
+
+
+# --- what it leaves, what it takes ------------------------------------------------------------------------------------------
+def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
+    """Bytes of the artifact: its tensors' shapes, a header line each, the description, in blocks of the file system."""
+    data, numbers, tensors = spec.get("data", {}), 0, 4
+    if "model" in spec:
+        net = sizes(model_of(spec))
+        whole = 4 * (net.parameters + net.buffers)
+    if stage == "network":
+        copies = 1 + len(spec["snapshots"])
+        numbers, tensors = whole * copies + 8 * spec["train"]["epochs"], net.tensors * copies
+    elif stage == "ticket":
+        numbers, tensors = whole + net.prunable, net.tensors + 10
+    elif stage == "distill":
+        numbers = spec["distill"]["ipc"] * data["classes"] * (4 * _pixels(data) + 8)
+    elif stage == "path":
+        numbers = 24 * spec["path"]["points"]
+    elif stage == "plane":
+        numbers = 16 * spec["plane"]["resolution"] ** 2
+    elif stage == "hessian":
+        ticket = parents.get("ticket")
+        numbers = 8 * net.prunable * ((1 - ticket["prune"]["fraction"]) ** ticket["round"] if ticket else 1)
+    history = 20 * spec["distill"]["outer"] if stage == "distill" and spec["distill"]["method"] == "idc" else 0
+    description = 4000 + history
+    return sum(math.ceil(part / BLOCK) * BLOCK for part in (numbers + 90 * tensors, description)) + BLOCK
+
+
+BASE_MEMORY = 375e6  # a process that has loaded the library and done anything, measured
+COMPILER_MEMORY = 200e6  # what torch.compile leaves in it
+SCATTER = 2.0  # a heap that keeps what was freed, and the convolutions' own copies, for each byte that is needed; measured
+
+
+def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int = 1) -> float:
+    """Bytes of the process at the highest, while it makes ``population`` such units together; within a third or so.
+
+    The data set as uint8 and normalised, the weights with gradient and momentum, and what the largest pass keeps.
+    """
+    if "model" not in spec or "data" not in spec:
+        return BASE_MEMORY
+    data, net = spec["data"], sizes(model_of(spec))
+    pixels, kept = _pixels(data), 4 * SCATTER * net.activations
+    loaded = pixels * (data["train"] + data["test"])
+    weights, needed = 4 * (net.parameters + net.buffers), 0.0
+    normalised = 4 * pixels * (data["train"] + data["test"])
+    evaluated = min(EVALUATED, data["test"]) * kept / 2
+    if stage == "network":
+        train = spec["train"]
+        images, _, _ = schedule(spec, parents)
+        batch = min(images, train["batch_size"]) * (kept * _itemsize(train) / 4 + 12 * pixels)
+        needed = normalised + max(evaluated, batch * population) + weights * population * (6 + len(spec["snapshots"]))
+    elif stage == "distill" and spec["distill"]["method"] == "idc":
+        asked = spec["distill"]
+        matched = min(asked["ipc"] * asked["factor"] ** 2, asked["synthetic_batch"])
+        needed = normalised + kept * max(asked["real_batch"] + 4 * matched, asked["network_batch"]) + 6 * weights
+    elif stage == "distill":
+        needed = normalised + (evaluated if spec["distill"]["method"] == "herding" else 0)
+    elif stage in ("path", "plane"):
+        needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
+    elif stage == "hessian":
+        asked = spec["hessian"]
+        size = 2 if asked.get("dtype") == "float64" else 1
+        needed = 4 * kept * size * min(CHUNK, asked["images"]) + weights * (8 + asked["lanczos_steps"]) * size
+    compiled = any(part.get("compile") for part in spec.values() if isinstance(part, Mapping))
+    return BASE_MEMORY + loaded + needed + (COMPILER_MEMORY if compiled else 0)
