@@ -1,4 +1,4 @@
-"""Curvature of the loss at a trained network: Hessian products, trace, diagonal and top of the spectrum.
+"""Curvature of the loss at a trained network: Hessian products, trace, diagonal, top and density of the spectrum.
 
 What is measured by default: the Hessian of the mean cross-entropy over one fixed, un-augmented,
 class-balanced subset of training images (500), in eval mode, with respect to the surviving prunable weights.
@@ -19,6 +19,7 @@ entries included, from one seed. Each of these choices bends the comparison betw
 - One seed has no error bar. Probe noise is reported here; noise between networks and between seeds is for the
   caller to measure.
 """
+from dpkit.hessian.density import Curve, Density, spectral_density
 from dpkit.hessian.diagonal import Diagonal, diagonal, exact_diagonal, trace_and_diagonal
 from dpkit.hessian.estimate import Estimate, LinearOperator
 from dpkit.hessian.lanczos import Eigenpairs, top_eigenpairs, top_eigenvalue
@@ -26,5 +27,6 @@ from dpkit.hessian.operator import Operator, subset
 from dpkit.hessian.spec import HessianSpec
 from dpkit.hessian.trace import trace
 
-__all__ = ["Diagonal", "Eigenpairs", "Estimate", "HessianSpec", "LinearOperator", "Operator", "diagonal",
-           "exact_diagonal", "subset", "top_eigenpairs", "top_eigenvalue", "trace", "trace_and_diagonal"]
+__all__ = ["Curve", "Density", "Diagonal", "Eigenpairs", "Estimate", "HessianSpec", "LinearOperator", "Operator",
+           "diagonal", "exact_diagonal", "spectral_density", "subset", "top_eigenpairs", "top_eigenvalue", "trace",
+           "trace_and_diagonal"]

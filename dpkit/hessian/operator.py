@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -11,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models, tree
+from dpkit.hessian.product import CHUNK, MEMORY, CompiledProduct, chunk_size, worthwhile
 from dpkit.hessian.spec import HessianSpec
 from dpkit.models import ModelSpec
+from dpkit.training.gradient import can_compile
 from dpkit.tree import Buffers, Mask, Params
 
 
@@ -37,11 +40,19 @@ class Operator:
     labels   (N,) class numbers or (N, K) probabilities
     mask     True where an entry survives; names without a mask survive whole; None: nothing is pruned
     names    parameters that make up w; None: the prunable weights
-    chunk    images differentiated at once (at least 1): time and memory only, the result is the same; on a
-             CPU 50 to 100 are faster than 500, on a GPU try more
+    chunk    images differentiated at once (at least 1): time and memory only, the result is the same; None:
+             100, and 50 once compiled
     keep     most images whose graphs stay in memory between products (about 5 MB an image for a ConvNet-3 of
-             width 64 at 32 x 32); None: ``chunk``, so a single chunk is kept and several are not
+             width 64 at 32 x 32, half a MB once compiled); None: ``chunk``, so a single chunk is kept and several
+             are not; once compiled, as many as 2 GiB hold
     dtype    torch.float32 or torch.float64; None: that of ``params``
+    compile  True: compile the product on its first use (20 to 30 seconds in a process, less the second time on a
+             machine), then about twice as fast; "auto": on a CPU, where ``products`` products are work enough to
+             pay for that (:func:`dpkit.hessian.product.worthwhile`). Results differ from uncompiled ones by
+             rounding. Where there is no C++ compiler, or compiling fails or gives another product: one warning,
+             and products as without it
+    products how many products will be asked for, for "auto"
+    threads  chunks computed side by side once compiled, on a core each; None: as many as torch computes with
 
     Attributes: size n; dtype; device; names; loss, the value of L (nats).
 
@@ -52,16 +63,19 @@ class Operator:
     """
 
     def __init__(self, model: ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-                 mask: Mask | None = None, names: Iterable[str] | None = None, chunk: int = 100,
-                 keep: int | None = None, dtype: torch.dtype | None = None) -> None:
+                 mask: Mask | None = None, names: Iterable[str] | None = None, chunk: int | None = None,
+                 keep: int | None = None, dtype: torch.dtype | None = None, *, compile: bool | str = False,
+                 products: int = 60, threads: int | None = None) -> None:
         self.model = model
         self.names = tuple(models.prunable(model) if names is None else names)
         unknown = [name for name in self.names if name not in params]
         if unknown or len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be distinct parameters of {model.arch}, "
                              f"got {', '.join(unknown or self.names)}")
-        if chunk < 1:
+        if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be >= 1, got {chunk}")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
         first = next(iter(params.values()))
         self.dtype, self.device = dtype or first.dtype, first.device
         if self.dtype not in (torch.float32, torch.float64):
@@ -81,14 +95,19 @@ class Operator:
         check_labels(images, labels, model.classes)
         self._images = images.to(device=self.device, dtype=self.dtype)
         self._labels = labels.to(self.device, self.dtype if labels.is_floating_point() else torch.int64)
-        self._chunk, self._keep = chunk, chunk if keep is None else keep
+        self._given = chunk, keep, threads
+        self._chunk = 100 if chunk is None else chunk
+        self._keep = self._chunk if keep is None else keep
         self._graphs: list[tuple[Tensor, ...]] | None = None
+        pays = self.device.type == "cpu" and worthwhile(model, len(images), products)
+        self._compile = pays if compile == "auto" else bool(compile)
+        self._compiled: CompiledProduct | None = None
         self.loss = self._checked_loss()
 
     @classmethod
     def from_spec(cls, spec: HessianSpec, model: ModelSpec, params: Params, buffers: Buffers, images: Tensor,
-                  labels: Tensor, mask: Mask | None = None, chunk: int = 100,
-                  keep: int | None = None) -> Self:
+                  labels: Tensor, mask: Mask | None = None, chunk: int | None = None,
+                  keep: int | None = None, *, compile: bool | str = False, threads: int | None = None) -> Self:
         """The operator that ``spec`` describes, on the :func:`subset` of ``spec.images`` of the images given.
 
         Images normalised and un-augmented; the rest as for the class. Raises ``ValueError`` as the class
@@ -97,7 +116,8 @@ class Operator:
         index = subset(labels, spec.images).to(images.device)
         names = models.prunable(model) if spec.scope == "weights" else tuple(params)
         return cls(model, params, buffers, images[index], labels[index.to(labels.device)], mask, names, chunk,
-                   keep, dtype=getattr(torch, spec.dtype))
+                   keep, dtype=getattr(torch, spec.dtype), compile=compile,
+                   products=spec.probes + spec.lanczos_steps, threads=threads)
 
     def flatten(self, values: Params) -> Tensor:
         """The surviving entries of tensors named and shaped like the weights, as one vector (n,)."""
@@ -132,36 +152,83 @@ class Operator:
         """
         self._check_shape(vectors, 2)
         columns = vectors.to(device=self.device, dtype=self.dtype).T.contiguous()
-        products = torch.zeros_like(columns)
-        weights = tuple(self._weights.values())
-        with torch.enable_grad(), full_precision():
-            for gradient in self._gradients():
-                # One column at a time: a batched backward pass (``is_grads_batched``) has no rule for group
-                # normalisation differentiated twice, and took 1.3 times as long on a ResNet.
-                for row, column in enumerate(columns):
-                    parts = torch.autograd.grad(gradient, weights, tuple(self.unflatten(column).values()),
-                                                retain_graph=True, materialize_grads=True)
-                    products[row] += self.flatten(dict(zip(self.names, parts, strict=True)))
+        with full_precision():
+            compiled = self._compiled_product()
+            if compiled is None:
+                products = self._eager(columns)
+            else:
+                sums = compiled([self.unflatten(column) for column in columns])
+                products = torch.stack([self.flatten(each) for each in sums]) / len(self._images)
         if not torch.isfinite(products).all():
             raise ValueError(f"Hessian products must be finite, got NaN or infinity in {self.dtype}; "
                              "try float64")
         return products.T
+
+    @torch.enable_grad()
+    def _eager(self, columns: Tensor) -> Tensor:
+        products = torch.zeros_like(columns)
+        weights = tuple(self._weights.values())
+        for gradient in self._gradients():
+            # One column at a time: a batched backward pass (``is_grads_batched``) has no rule for group
+            # normalisation differentiated twice, and took 1.3 times as long on a ResNet.
+            for row, column in enumerate(columns):
+                parts = torch.autograd.grad(gradient, weights, tuple(self.unflatten(column).values()),
+                                            retain_graph=True, materialize_grads=True)
+                products[row] += self.flatten(dict(zip(self.names, parts, strict=True)))
+        return products
+
+    def _compiled_product(self) -> CompiledProduct | None:
+        """The compiled product, made on first use; None where it is not wanted or not to be had."""
+        if self._compile and self._compiled is None:
+            self._compile = can_compile()
+        if self._compile and self._compiled is None:
+            try:
+                self._compiled = self._made()
+            except Exception as error:  # whatever a compiler may raise: the products are the same without it
+                self._compile = False
+                reason = str(error).strip().split("\n")[0][:200]
+                warnings.warn(f"the Hessian product could not be compiled ({reason}): slower, with the same "
+                              "mathematics", stacklevel=4)
+        return self._compiled
+
+    def _made(self) -> CompiledProduct:
+        chunk, keep, threads = self._given
+        size = chunk_size(len(self._images), chunk or CHUNK)
+
+        def on(images: Tensor, labels: Tensor) -> CompiledProduct:
+            return CompiledProduct(self.model, {n: w.detach() for n, w in self._weights.items()}, self._fixed,
+                                   self._buffers, images, labels, size,
+                                   MEMORY if keep is None else math.inf if keep >= len(self._images) else 0,
+                                   threads or torch.get_num_threads())
+
+        # A wrong program would give a wrong spectrum without a sign of it, so a few images are compared.
+        few = slice(0, min(4, size))
+        vector = self.unflatten(torch.arange(self.size, device=self.device).cos().to(self.dtype))
+        found = self.flatten(on(self._images[few], self._labels[few])([vector])[0])
+        weights = tuple(self._weights.values())
+        with torch.enable_grad():
+            gradient = torch.autograd.grad(self._loss(few), weights, create_graph=True, materialize_grads=True)
+            parts = torch.autograd.grad(gradient, weights, tuple(vector.values()), materialize_grads=True)
+        expected = self.flatten(dict(zip(self.names, parts, strict=True))) * len(self._images)
+        # Rounding puts single units on the other side of a ReLU's corner, which moves a product by up to 1e-3.
+        if (found - expected).norm() > 1e-2 * expected.norm() + torch.finfo(self.dtype).tiny:
+            raise ValueError("its product differs from the uncompiled one")
+        return on(self._images, self._labels)
 
     def _gradients(self) -> Iterable[tuple[Tensor, ...]]:
         """Gradients of each chunk's share of L, with their graphs: kept ones, or built one at a time."""
         if self._graphs is None:
             weights = tuple(self._weights.values())
             starts = range(0, len(self._images), self._chunk)
-            lazily = (torch.autograd.grad(self._loss(start), weights, create_graph=True,
-                                          materialize_grads=True) for start in starts)
+            lazily = (torch.autograd.grad(self._loss(slice(start, start + self._chunk)), weights,
+                                          create_graph=True, materialize_grads=True) for start in starts)
             if len(self._images) > self._keep:
                 return lazily
             self._graphs = list(lazily)
         return self._graphs
 
-    def _loss(self, start: int) -> Tensor:
-        """The share of L that the chunk from image ``start`` contributes: its summed cross-entropy over N."""
-        chunk = slice(start, start + self._chunk)
+    def _loss(self, chunk: slice) -> Tensor:
+        """The share of L that the images of a chunk contribute: their summed cross-entropy over N."""
         params = {**self._fixed, **self._weights}
         logits, _ = models.forward(self.model, params, self._buffers, self._images[chunk])
         return F.cross_entropy(logits, self._labels[chunk], reduction="sum") / len(self._images)
@@ -177,7 +244,7 @@ class Operator:
         """L, after two passes over the images that must agree up to the rounding of the dtype."""
         starts = range(0, len(self._images), self._chunk)
         with full_precision():
-            first, second = (sum(float(self._loss(start)) for start in starts) for _ in range(2))
+            first, second = (sum(float(self._loss(slice(start, start + self._chunk))) for start in starts) for _ in range(2))
         if not (math.isfinite(first) and math.isfinite(second)):
             raise ValueError(f"the loss must be finite, got {first}; "
                              "the network has diverged or the images are not finite")

@@ -62,7 +62,7 @@ def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact
     chosen = hessian.subset(dataset.train.labels, min(spec.images, len(dataset.train)))
     images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std).to(context.device)
     op = hessian.Operator.from_spec(spec, model, params, buffers, images, dataset.train.labels[chosen].to(context.device),
-                                    mask=mask)
+                                    mask=mask, compile="auto")
     trace, diagonal = hessian.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
     steps = min(spec.lanczos_steps, op.size)
     top = hessian.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))

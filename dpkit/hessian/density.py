@@ -1,0 +1,128 @@
+"""Spectral density: how the eigenvalues are spread, by stochastic Lanczos quadrature."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpkit.hessian.estimate import Estimate, LinearOperator
+from dpkit.hessian.lanczos import tridiagonalise
+from dpkit.hessian.trace import mean_estimate
+
+POINTS = 512
+"""Points of a grid that is not given."""
+
+
+class Curve(NamedTuple):
+    """grid (g,), values (g,) and standard_errors (g,), float64: a density, so the values have unit 1 / eigenvalue."""
+
+    grid: Tensor
+    values: Tensor
+    standard_errors: Tensor
+    width: float
+
+
+@dataclass(frozen=True)
+class Density:
+    """The spectrum as seen from each of p random directions: a Gauss quadrature rule each.
+
+    nodes     (p, m) Ritz values, ascending; float64 on the CPU
+    weights   (p, m), at least 0, each row with sum 1: the share of the spectrum near each node. A rule that ended early (see
+              :func:`spectral_density`) is filled up with nodes of weight 0
+    products  matrix-vector products spent
+    size      entries n of the operator; n times a weight counts eigenvalues
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    products: int
+    size: int
+
+    def moment(self, order: int) -> Estimate:
+        """The mean of the eigenvalues' ``order``-th power, tr(H^k) / n, with its standard error over the directions.
+
+        Unbiased up to order 2 m - 1, since m nodes integrate such polynomials exactly (Golub and Welsch 1969); order 1 times n is
+        the trace. Raises ``ValueError`` for an order below 0.
+        """
+        if order < 0:
+            raise ValueError(f"order must be >= 0, got {order}")
+        samples = (self.weights * self.nodes**order).sum(1)
+        return Estimate(float(samples.mean()), mean_estimate(samples).standard_error, self.products, len(samples))
+
+    def above(self, threshold: float) -> Estimate:
+        """The share of eigenvalues above ``threshold``, with its standard error over the directions.
+
+        A node stands for its neighbourhood: the share is known to about one node's weight near the threshold.
+        """
+        samples = (self.weights * (self.nodes > threshold)).sum(1)
+        return Estimate(float(samples.mean()), mean_estimate(samples).standard_error, self.products, len(samples))
+
+    def curve(self, grid: Tensor | int = POINTS, width: float | None = None) -> Curve:
+        """The density with each eigenvalue broadened to a normal density of deviation ``width``.
+
+        phi(t) = mean over directions of sum_j weight_j N(t; node_j, width^2) (Lin, Saad and Yang 2016, Approximating spectral
+        densities of large matrices, section 2; Ghorbani, Krishnan and Xiao 2019, equation 6). The standard errors say how
+        much the directions disagree; they do not know the bias from broadening, and that from too few steps only where
+        directions differ.
+
+        grid   points (g,), or how many, spread evenly over all nodes and four widths on either side
+        width  in the unit of the eigenvalues; None: a hundredth of the distance between the outermost
+               nodes, or of their size where they are one
+
+        Raises ``ValueError`` unless width > 0 and the grid has at least two points.
+        """
+        low, high = (float(bound) for bound in self.nodes.aminmax())
+        if width is None:
+            largest = max(abs(low), abs(high))
+            # A single eigenvalue has no width of its own, and rounding is none either.
+            width = (high - low if high - low > 1e-6 * largest else largest or 1.0) / 100
+        if not width > 0:
+            raise ValueError(f"width must be > 0, got {width}")
+        if not isinstance(grid, Tensor):
+            grid = torch.linspace(low - 4 * width, high + 4 * width, grid, dtype=torch.float64)
+        grid = grid.to(torch.float64)
+        if grid.dim() != 1 or len(grid) < 2:
+            raise ValueError(f"grid must be (g,) with at least two points, got {tuple(grid.shape)}")
+        samples = torch.stack([_broadened(grid, nodes, weights, width)
+                               for nodes, weights in zip(self.nodes, self.weights, strict=True)])
+        return Curve(grid, samples.mean(0), samples.std(0) / math.sqrt(len(samples)), width)
+
+
+def spectral_density(op: LinearOperator, probes: int, steps: int, generator: torch.Generator) -> Density:
+    """The spectrum's density from ``probes`` random directions of ``steps`` Lanczos products each.
+
+    Stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature;
+    Ghorbani, Krishnan and Xiao 2019, An investigation into neural net optimization via Hessian eigenvalue density). For a
+    direction v, uniform on the sphere, v'f(H)v is the integral of f over the spectral measure of v; its mean over v is
+    tr f(H) / n. Lanczos from v gives a tridiagonal T whose eigenvalues are nodes and whose eigenvectors' squared first
+    components are weights of the Gauss rule for that measure.
+
+    The basis is kept orthogonal throughout. The recurrence alone returns converged eigenvalues many times over, with their
+    weight split among the copies: sums over nodes survive that, but outliers then take the steps that the bulk needs.
+
+    op symmetric (n, n); probes at least 2; steps from 1 to n, and as many vectors of length n in memory; CPU generator. Fewer
+    products are spent where a space closes early. Raises ``ValueError`` outside these ranges.
+    """
+    if probes < 2:
+        raise ValueError(f"probes must be >= 2 to give an error bar, got {probes}")
+    if not 1 <= steps <= op.size:
+        raise ValueError(f"steps must lie in [1, {op.size}] (the dimension), got {steps}")
+    nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
+    products = 0
+    for probe in range(probes):
+        alphas, betas, _ = tridiagonalise(op, steps, generator)
+        off, found = betas[:-1], len(alphas)
+        values, vectors = torch.linalg.eigh(torch.diag(alphas) + torch.diag(off, 1) + torch.diag(off, -1))
+        nodes[probe] = values[-1]
+        nodes[probe, :found] = values
+        weights[probe, :found] = vectors[0].square()
+        products += found
+    return Density(nodes, weights / weights.sum(1, keepdim=True), products, op.size)
+
+
+def _broadened(grid: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:
+    scaled = (grid[:, None] - nodes) / width
+    return (weights * torch.exp(-0.5 * scaled.square())).sum(1) / (width * math.sqrt(2 * math.pi))
