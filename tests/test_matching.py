@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 
 import pytest
@@ -19,17 +18,6 @@ from dpkit.models import ModelSpec
 
 KINDS = distill.spec.DISTANCES
 RESNET = ModelSpec(arch="resnet10", width=2, image_size=8, classes=3)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled(DistillSpec):
-    """A specification that asks for compiled code."""
-
-    compile: bool = True
-
-
-def compiled(spec):
-    return Compiled(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)} | {"compile": True})
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +141,7 @@ def test_a_class_with_fewer_real_images_than_the_batch(uncompiled, real, form):
 def test_a_distillation_in_other_forms(uncompiled, real, model, form):
     spec = QUICK.replace(outer=2, ipc=4, factor=1, synthetic_batch=3, network_images=10)
     expected, history = distill.idc(spec, model, real, MEAN, STD, 3)
-    found, other = distill.idc(compiled(spec), model, real, MEAN, STD, 3, form=form)
+    found, other = distill.idc(spec.replace(compile=True), model, real, MEAN, STD, 3, form=form)
     torch.testing.assert_close(found.images, expected.images, atol=2e-4, rtol=1e-3)
     assert other == pytest.approx(history, rel=1e-3)
     # whole batches of the network went through the compiled function, the last one of two images did not
@@ -200,7 +188,7 @@ def test_classes_are_matched_in_smaller_groups_when_memory_runs_out(monkeypatch)
 # --- which form ---
 def test_the_form_is_chosen_by_the_device_and_the_specification(monkeypatch):
     monkeypatch.setattr(matching, "can_compile", lambda: True)
-    plain, asks = DistillSpec(), compiled(DistillSpec())
+    plain, asks = DistillSpec(), DistillSpec(compile=True)
     for spec, device, form, expected in (
         (plain, "cpu", "auto", ("loop", False)),
         (asks, "cpu", "auto", ("compiled", True)),
@@ -311,6 +299,6 @@ def test_compiled_code_agrees(real, form):
     spec = QUICK.replace(outer=2)
     expected, history = distill.idc(spec, MODEL, real, MEAN, STD, 3)
     for threads in (2, 1):  # compiling while two threads want it comes first
-        found, other = distill.idc(compiled(spec), MODEL, real, MEAN, STD, 3, form=form, threads=threads)
+        found, other = distill.idc(spec.replace(compile=True), MODEL, real, MEAN, STD, 3, form=form, threads=threads)
         torch.testing.assert_close(found.images, expected.images, atol=1e-3, rtol=1e-3)
         assert other == pytest.approx(history, rel=1e-3)

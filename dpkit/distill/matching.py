@@ -115,7 +115,7 @@ class Matcher:
     def __init__(self, spec: DistillSpec, model: models.ModelSpec, *, form: str = "auto", device: torch.device | str = "cpu"):
         if form not in ("auto", *FORMS):
             raise ValueError(f"form must be one of auto, {', '.join(FORMS)}; got {form!r}")
-        compiled = form == "compiled" or getattr(spec, "compile", False)
+        compiled = form == "compiled" or spec.compile
         if form == "auto":
             form = "vmap" if torch.device(device).type == "cuda" else "compiled" if compiled else "loop"
         if compiled and not can_compile():

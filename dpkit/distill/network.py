@@ -39,7 +39,7 @@ class Trainer:
         self.spec, self.model, self.pixels = spec, model, pixels
         self.targets = real.targets(model.classes).to(pixels.device)
         self.count = min(spec.network_images, len(real))
-        self.compiled = getattr(spec, "compile", False) and self.count > 0 and can_compile()
+        self.compiled = spec.compile and self.count > 0 and can_compile()
         self.augment = AugmentSpec()
 
     def __call__(self, params: Params, buffers: Buffers, velocity: Params, generator: torch.Generator) -> Buffers:
