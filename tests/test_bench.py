@@ -125,6 +125,9 @@ def test_reference_path_is_our_path():
     theirs = jobs.path_reference(model, points=3, images=70)()
     assert [e for e, _ in theirs] == pytest.approx(ours.errors.tolist())
     assert [v for _, v in theirs] == pytest.approx(ours.losses.tolist(), rel=1e-4)
+    errors, losses = jobs.path(model, points=3, images=70, compiled=False)()
+    assert torch.equal(errors, ours.errors)
+    assert torch.equal(losses, ours.losses)
 
 
 def test_reference_matching_goes_our_way():

@@ -1,12 +1,14 @@
 """Does speed cost accuracy? The paper's loop and ours with equal networks, epochs and recipe, in minutes.
 
-``python -m dpkit.bench.accuracy FILE`` writes one row a seed and form: the reference loop, the library's loop in fp32, and the
-library's loop in bf16, compiled. A seed gives the same initial weights to all forms; the order of images and the augmentation
-are drawn by each form in its own way.
+``python -m dpkit.bench.accuracy FILE`` writes one row a seed and form: the reference loop; the same with the library's
+augmentation, which draws crop, scale or rotation for each image where the reference draws one of them for a batch; the library's
+loop in fp32; and in bf16, compiled. A seed gives the same initial weights to all forms; the order of images and the random
+numbers of augmentation are drawn by each loop in its own way.
 """
 from __future__ import annotations
 
 import csv
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ SEEDS = 5
 MODEL = ModelSpec(arch="convnet3", width=16, image_size=16)
 RECIPE = TrainSpec(epochs=24, lr=0.05)
 Network = tuple[tree.Params, tree.Buffers]
-FORMS = ("reference", "fp32", "bf16 compiled")
+FORMS = ("reference", "reference, an operation an image", "fp32", "bf16 compiled")
 
 
 def rows(seeds: Iterable[int] = range(SEEDS), recipe: TrainSpec = RECIPE, model: ModelSpec = MODEL, spec: DataSpec | None = None,
@@ -36,7 +38,7 @@ def rows(seeds: Iterable[int] = range(SEEDS), recipe: TrainSpec = RECIPE, model:
     for seed in seeds:
         for form in forms:
             start = models.init(model, tree.generator_for("accuracy", seed))
-            params, buffers = (_reference if form == "reference" else _ours)(form, recipe, model, sets, start, seed)
+            params, buffers = (_reference if form.startswith("reference") else _ours)(form, recipe, model, sets, start, seed)
             error, _ = training.evaluate(model, params, buffers, images, labels)
             tell(f"seed {seed}, {form}: {1 - error:.4f}")
             yield {"seed": seed, "form": form, "accuracy": round(1 - error, 6)}
@@ -57,8 +59,9 @@ def _reference(form: str, recipe: TrainSpec, model: ModelSpec, sets: Dataset, st
     optimiser = reference.sgd(net, recipe.lr)
     milestones = [round(m * recipe.epochs) for m in recipe.milestones]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, milestones, recipe.gamma)
+    distort = reference.dsa if form == "reference" else functools.partial(data.augment, recipe.augment)
     for _ in range(recipe.epochs):
-        reference.train_epoch(net, batches, optimiser, generator, augment=recipe.cutmix > 0)
+        reference.train_epoch(net, batches, optimiser, generator, recipe.cutmix > 0, distort)
         schedule.step()
     state = {name: t.detach().clone() for name, t in net.state_dict().items()}
     return {n: state[n] for n in start[0]}, {n: state[n] for n in start[1]}

@@ -17,6 +17,7 @@ from dpkit.data import Split, normalise
 from dpkit.distill import DistillSpec
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec
+from dpkit.training.evaluation import evaluate_many
 
 Task = Callable[[], Any]
 HALF = torch.full((3,), 0.5)
@@ -113,13 +114,22 @@ def match_reference(model: dict, steps: int, ipc: int = 10, factor: int = 2, dev
 
 # --- paths ---------------------------------------------------------------------------------------------------------------
 
-def path(model: dict, points: int, images: int, device: str = "cpu", worker: int = 0, workers: int = 1) -> Task:
-    """Error and loss at ``points`` between two networks on ``images`` images, statistics interpolated."""
+def path(model: dict, points: int, images: int, precision: str = "fp32", compiled: bool | None = None, device: str = "cpu") -> Task:
+    """Error and loss at ``points`` between two networks on ``images`` images, statistics interpolated.
+
+    compiled: as a path long enough to pay for it would be (True), or not; None: as this path is.
+    """
     spec = ModelSpec(**model)
-    recipe = connectivity.PathSpec(points=points, statistics="interpolate")
+    recipe = connectivity.PathSpec(points=points, statistics="interpolate", precision=precision)
     x, y = (t.to(device) for t in floats(spec, images))
     a, b = ([tree.to(part, device) for part in start(spec, i)] for i in (0, 1))
-    return lambda: connectivity.path(recipe, spec, a, b, x, y)
+    if compiled is None:
+        return lambda: connectivity.path(recipe, spec, a, b, x, y)
+
+    def between(i: int) -> tuple[tree.Params, tree.Buffers]:
+        return tuple(tree.lerp(one, other, i / (points - 1)) for one, other in zip(a, b, strict=True))
+
+    return lambda: evaluate_many(spec, points, between, x, y, precision=precision, compiled=compiled)
 
 
 def path_reference(model: dict, points: int, images: int, device: str = "cpu") -> Task:

@@ -8,7 +8,7 @@ on a path. Networks carry the library's parameter names, so that a test can comp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -122,8 +122,9 @@ def dsa(x: Tensor, generator: torch.Generator, shared: bool = False) -> Tensor:
 
 
 def train_epoch(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimiser: torch.optim.Optimizer,
-                generator: torch.Generator, augment: bool = True) -> tuple[float, float]:
-    """One pass of SGD; mean loss and accuracy. DSA on each batch, and CutMix on every second one by chance."""
+                generator: torch.Generator, augment: bool = True,
+                distort: Callable[[Tensor, torch.Generator], Tensor] = dsa) -> tuple[float, float]:
+    """One pass of SGD; mean loss and accuracy. ``distort`` on each batch, and CutMix on every second one by chance."""
     device = next(net.parameters()).device
     total, right, seen = 0.0, 0.0, 0
     net.train()
@@ -132,7 +133,7 @@ def train_epoch(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], optimi
         mixed = None
         if augment:
             with torch.no_grad():
-                images = dsa(images, generator)
+                images = distort(images, generator)
             if float(torch.rand((), generator=generator)) < 0.5:
                 side = images.shape[2]
                 share = float(torch.rand((), generator=generator))  # Beta(1, 1)

@@ -22,7 +22,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 SMALL = "ConvNet-3-16, 16 pixels"  # the quick profile's network: it runs uncompiled in fp32, and --quick times it alone
 PAPER = "the paper's loop"
-CONTROL = "reference keeps memory"
+CONTROL = "memory kept"
 PYHESSIAN = ("PyHessian", "products_pyhessian")
 
 
@@ -80,7 +80,8 @@ def together_row(name: str, images: int, quick: bool, pairs: int = PAIRS) -> Row
     model, precision = NETWORKS[name], "fp32" if quick else "bf16"
     same = {"model": model, "images": images, "networks": 8, "compile": not quick, "precision": precision}
     return Row("together", f"eight {name} together", "images/s", "one after another in our own loop, all cores as threads", 1.3,
-               everywhere("train", 8 * images, share=True, **same), plain("train", 8 * images, True, **same), {}, pairs,
+               everywhere("train", 8 * images, share=True, **same), plain("train", 8 * images, True, **same),
+               {"one after another, memory not kept": plain("train", 8 * images, **same)}, pairs,
                counts.work(counts.TRAINING, ModelSpec(**model), 1, bytes_of(precision)), precision)
 
 
@@ -94,24 +95,26 @@ def matching_row(name: str, quick: bool, pairs: int = PAIRS) -> Row:
                counts.matching(ModelSpec(**model), 64, 4 * ipc, 10, bytes_of(precision)), precision)
 
 
-def path_row(name: str, points: int, images: int, quick: bool, pairs: int = PAIRS) -> Row:
+def path_row(id: str, name: str, points: int, images: int, precision: str, quick: bool, pairs: int) -> Row:
     """A path of 25 points. Work is linear in the images, so a share of the 6,000 is timed."""
     model = NETWORKS[name]
     same = {"model": model, "points": points, "images": images}
-    title = f"path of {points} points, {name}" + ("" if quick else f" ({images:,} of 6,000 images timed)")
-    return Row("path", title, "images/s", PAPER, 3.0, everywhere("path", points * images, **same),
-               plain("path_reference", points * images, **same), {}, pairs, counts.work(counts.FORWARD, ModelSpec(**model)))
+    title = f"path of {points} points, {name}, {precision}" + ("" if quick else f" ({images:,} of 6,000 images timed)")
+    return Row(id, title, "images/s", PAPER, 3.0,
+               Job(JOBS + "path", points * images, {**same, "precision": precision}, True, 1, True, warm=1),
+               Job(JOBS + "path_reference", points * images, same, warm=0), {}, pairs,
+               counts.work(counts.FORWARD, ModelSpec(**model), 1, bytes_of(precision)), precision)
 
 
-def product_row(id: str, name: str, model: Mapping[str, Any], peer: tuple[str, str], count: int, quick: bool,
-                pairs: int = PAIRS, **options: Any) -> Row:
-    """Hessian products on 200 images. peer: the reference's name and the function that builds it."""
+def product_row(id: str, name: str, model: Mapping[str, Any], peer: tuple[str, str], others: Mapping[str, dict[str, Any]],
+                count: int, quick: bool, pairs: int = PAIRS) -> Row:
+    """Hessian products on 200 images. peer: the reference's name and the function that builds it; others: further references."""
     reference, function = peer
     same = {"model": dict(model), "count": count}
-    return Row(id, f"Hessian product, {name}, 200 images, and {reference}", "products/s", reference, 4.0,
-               everywhere("products", count, **same), plain(function, count, **same, **options),
-               {CONTROL: plain(function, count, True, **same, **options)}, pairs,
-               counts.work(counts.PRODUCT_KEPT, ModelSpec(**model), 200))
+    return Row(id, f"Hessian product, {name}, 200 images; {reference}", "products/s", reference, 4.0,
+               everywhere("products", count, **same, compile=not quick, threads=1), plain(function, count, **same),
+               {label: plain(**{"function": function, "work": count, **same, **extra}) for label, extra in others.items()},
+               pairs, counts.work(counts.PRODUCT_KEPT, ModelSpec(**model), 200))
 
 
 def spectra_row(width: int, images: int, quick: bool, pairs: int) -> Row:
@@ -122,13 +125,14 @@ def spectra_row(width: int, images: int, quick: bool, pairs: int) -> Row:
                Job("dpkit.bench.spectra:pyhessian", 1, same, warm=0), {}, pairs, verdict=spectra.verdict)
 
 
-def processor_rows(quick: bool = False) -> list[Row]:
-    """The rows of a processor."""
+def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
+    """The rows of a processor; ``long``: with some that tell less."""
     if quick:
         model = NETWORKS[SMALL]
         small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, 2),
-                 matching_row(SMALL, True, 2), path_row(SMALL, 25, 100, True, 2),
-                 product_row("product", SMALL, model, PYHESSIAN, 2, True, 2), spectra_row(4, 20, True, 1)]
+                 matching_row(SMALL, True, 2), path_row("path", SMALL, 25, 100, "fp32", True, 2),
+                 product_row("product", SMALL, model, PYHESSIAN, {CONTROL: {"keep": True}}, 2, True, 2),
+                 spectra_row(4, 20, True, 1)]
         return [replace(row, target=None) for row in small]  # the targets are for other networks
     middle, resnet = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"]
     return [
@@ -137,13 +141,13 @@ def processor_rows(quick: bool = False) -> list[Row]:
         training_row("train-resnet18", "ResNet-18-32", 640, 640, False),
         together_row("ConvNet-3-32", 1280, False),
         matching_row("ConvNet-3-128", False),
-        path_row("ConvNet-3-128", 25, 500, False, 3),
-        product_row("product", "ConvNet-3-64", middle, PYHESSIAN, 3, False),
-        product_row("product-loader", "ConvNet-3-64", middle, ("PyHessian, loader of 100", PYHESSIAN[1]), 3, False,
-                    batch=100),
-        product_row("product-resnet10", "ResNet-10-32", resnet, PYHESSIAN, 1, False, 3),
-        product_row("product-curvlinops", "ResNet-10-32", resnet, ("curvlinops", "products_curvlinops"), 1, False, 3),
-        spectra_row(64, 200, False, 2),
+        path_row("path", "ConvNet-3-128", 25, 800, "bf16", False, 3),
+        *([path_row("path-fp32", "ConvNet-3-128", 25, 800, "fp32", False, 3)] if long else []),
+        product_row("product", "ConvNet-3-64", middle, ("PyHessian, one batch", PYHESSIAN[1]),
+                    {CONTROL: {"keep": True}, "loader of 100": {"batch": 100}}, 3, False),
+        product_row("product-resnet10", "ResNet-10-32", resnet, ("curvlinops", "products_curvlinops"),
+                    {"PyHessian": {"function": PYHESSIAN[1]}}, 1, False, 3),
+        spectra_row(64, 100, False, 2),
     ]
 
 

@@ -26,7 +26,7 @@ def names(quick: bool = False, long: bool = False, peer: Path | None = None) -> 
 
 
 def _rows(quick: bool, long: bool, peer: Path | None) -> list[Row]:
-    return processor_rows(quick) + (checkout.rows(peer, quick) if peer else []) + accelerator_rows(long)
+    return processor_rows(quick, long) + (checkout.rows(peer, quick) if peer else []) + accelerator_rows(long)
 
 
 def run(*, only: Sequence[str] = (), quick: bool = False, long: bool = False, peer: Path | None = None,
@@ -108,7 +108,7 @@ def _measured(row: Row, limits: top.Ceilings, say: Say) -> Iterator[Record]:
                  "low": ratios[0], "high": ratios[-1], "pairs": row.pairs,
                  "floor_fraction": _fraction(row, rates["ours"], limits)}
         if label != "peer":
-            found |= {"kind": "control", "id": f"{row.id}+kept", "name": f"{row.name}; {label}", "target": None}
+            found |= {"kind": "control", "id": f"{row.id}+", "name": f"{row.name}; {label}", "reference": label, "target": None}
         yield found
 
 

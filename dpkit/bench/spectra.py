@@ -21,7 +21,7 @@ from dpkit.data import AugmentSpec, DataSpec, normalise
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec
 
-PROBES, TOP, STEPS, LONG, TOLERANCE = 20, 5, 30, 80, 1e-3
+PROBES, TOP, STEPS, LONG, TOLERANCE = 20, 5, 20, 80, 1e-3
 DIRECTIONS, DEPTH = 2, 20  # of the density
 RECIPE = TrainSpec(epochs=3, lr=0.05, augment=AugmentSpec(operations=""), cutmix=0.0)
 

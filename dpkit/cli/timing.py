@@ -21,7 +21,7 @@ def bench(as_json: Annotated[bool, typer.Option("--json", help="JSON lines on st
           peer: Annotated[Path | None, typer.Option(help="a checkout of the authors' own scripts, to be timed as well")] = None,
           only: Annotated[str, typer.Option(metavar="NAME,...", help="only these rows; `floor` for the four kernels alone")] = "",
           quick: Annotated[bool, typer.Option("--quick", help="a small network and two pairs: does it work?")] = False,
-          long: Annotated[bool, typer.Option("--long", help="also what takes up to an hour on a GPU")] = False) -> None:
+          long: Annotated[bool, typer.Option("--long", help="also rows that tell less, and on a GPU those of up to an hour")] = False) -> None:
     """Ours against named references, in pairs, and against what this machine can do at best. About ten minutes.
 
     Ratios are what counts: both sides run in turn, so they survive a machine whose speed drifts. Leave the machine alone
@@ -54,14 +54,15 @@ def _report(records: list[dict[str, Any]]) -> list[Table | str]:
     for r in records:
         if r["kind"] == "floor":
             name = escape(f"{r['kernel']}, {r['network'].split(',')[0]}")
-            floors.add_row(name, r["precision"], _number(r["flops"] / 1e9), _number(r["bytes"] / 1e6),
+            floors.add_row(name, f"{r['precision']} {r['form']}", _number(r["flops"] / 1e9), _number(r["bytes"] / 1e6),
                            _number(r["seconds_flops"] * 1e3), _number(r["seconds_bytes"] * 1e3),
                            _number(1e3 / r["ours"]) if r["ours"] else "", _share(r["floor_fraction"]))
         elif r["kind"] != "ceilings" and r["ratio"] is not None:
             control = r["kind"] == "control"  # the same work with another reference
-            rows.add_row("  ref. keeps memory" if control else r["id"], "" if control else _number(r["ours"]), _number(r["peer"]),
-                         r["unit"], f"{r['ratio']:.2f}", str(r["pairs"]), f"{r['low']:.2f} to {r['high']:.2f}",
-                         "" if r["target"] is None else f"{r['target']:g}", _share(r["floor_fraction"]))
+            name, ours = (f"  {escape(r['reference'])}", "") if control else (r["id"], _number(r["ours"]))
+            rows.add_row(name, ours, _number(r["peer"]), r["unit"], f"{r['ratio']:.2f}", str(r["pairs"]),
+                         f"{r['low']:.2f} to {r['high']:.2f}", "" if r["target"] is None else f"{r['target']:g}",
+                         _share(r["floor_fraction"]))
         if r.get("why"):
             absent.append(f"not measured: {escape(r['name'])}: {escape(r['why'])}")
     return [*(table for table in (rows, floors) if table.row_count), *absent]

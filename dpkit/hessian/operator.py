@@ -46,7 +46,7 @@ class Operator:
              width 64 at 32 x 32, half a MB once compiled); None: ``chunk``, so a single chunk is kept and several
              are not; once compiled, as many as 2 GiB hold
     dtype    torch.float32 or torch.float64; None: that of ``params``
-    compile  True: compile the product on its first use (20 to 30 seconds in a process, less the second time on a
+    compile  True: compile the product on its first use (about 20 seconds in a process, less the second time on a
              machine), then about twice as fast; "auto": on a CPU, where ``products`` products are work enough to
              pay for that (:func:`dpkit.hessian.product.worthwhile`). Results differ from uncompiled ones by
              rounding. Where there is no C++ compiler, or compiling fails or gives another product: one warning,

@@ -50,26 +50,25 @@ def arranged(tensor: Tensor) -> Tensor:
 
 
 def program(model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-            compiled: bool = True, precision: str = "fp32") -> Program:
+            compiled: bool = True) -> Program:
     """The program for tensors shaped like these; made once in a process for each model, names, shapes and dtype.
 
     Nothing but shapes enters: another network of the same model uses the same program. ``compiled`` False leaves the two
-    graphs to be interpreted, for tests. ``precision`` "bf16" computes convolutions and linear layers in bfloat16.
+    graphs to be interpreted, for tests.
     """
-    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled, precision)
+    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, precision)
+        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled)
     return _PROGRAMS[key]
 
 
 _PROGRAMS: dict[tuple, Program] = {}
 
 
-def _build(model, weights, fixed, buffers, images, labels, compiled, precision) -> Program:
+def _build(model, weights, fixed, buffers, images, labels, compiled) -> Program:
     def loss(weights, fixed, buffers, images, labels):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits, _ = models.forward(model, {**fixed, **weights}, buffers, images)
-        return F.cross_entropy(logits.to(images.dtype), labels, reduction="sum")
+        logits, _ = models.forward(model, {**fixed, **weights}, buffers, images)
+        return F.cross_entropy(logits, labels, reduction="sum")
 
     def product(vectors, weights, *given):
         _, transposed = torch.func.vjp(lambda weights: torch.func.grad(loss)(weights, *given), weights)
