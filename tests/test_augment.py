@@ -285,8 +285,10 @@ def test_mixes_of_many_batches_are_pasted_alike_in_both_ways():
     parts = [draw_cutmix(n, (8, 12), generator(n), probability=p) for n, p in zip(sizes, (1, 0, 1, 1), strict=True)]
     images, mixed = apply_cutmix(x, targets, Mix.join(parts))
     alone = [apply_cutmix(a, b, part) for a, b, part in zip(x.split(sizes), targets.split(sizes), parts, strict=True)]
-    assert torch.equal(images, torch.cat([a for a, _ in alone])) and torch.equal(mixed, torch.cat([b for _, b in alone]))
-    assert torch.equal(images[5:9], x[5:9]) and not torch.equal(images, x)
+    assert torch.equal(images, torch.cat([a for a, _ in alone]))
+    assert torch.equal(mixed, torch.cat([b for _, b in alone]))
+    assert torch.equal(images[5:9], x[5:9])
+    assert not torch.equal(images, x)
     joined = Mix.join(parts)
     edges = torch.tensor([box[1:] for box in joined.boxes]).T.repeat_interleave(torch.tensor(sizes), 1)
     assert torch.equal(_paste_at_once(x, joined.order, joined, edges), images), "the form for a GPU"

@@ -171,7 +171,8 @@ def test_pyhessian_multiplies_the_same_matrix(batch):
 @pytest.mark.parametrize("task", [
     lambda m: jobs.train(m, 128, compile=False, networks=3, precision="fp32", worker=1, workers=2),
     lambda m: jobs.train_reference(m, 128), lambda m: jobs.match(m, 1, ipc=1, precision="fp32", form="loop"),
-    lambda m: jobs.match_reference(m, 1, ipc=1), lambda m: jobs.products(m, 2, images=20)], ids=str)
+    lambda m: jobs.match_reference(m, 1, ipc=1), lambda m: jobs.products(m, 2, images=20)],
+    ids=("train", "train reference", "match", "match reference", "products"))
 def test_every_job_runs_more_than_once(task):
     work = task({"arch": "convnet3", "width": 2, "image_size": 8})
     work()
@@ -193,11 +194,11 @@ def test_workers_share_all_networks():
 
 def test_accuracy_is_paired_by_seed():
     found = list(accuracy.rows([0, 1], TrainSpec(epochs=1), ModelSpec(width=2, image_size=16), DataSpec(train=100, test=100),
-                               forms=("reference", "fp32")))
-    assert [(r["seed"], r["form"]) for r in found] == [(s, f) for s in (0, 1) for f in ("reference", "fp32")]
+                               forms=accuracy.FORMS[:3]))
+    assert [(r["seed"], r["form"]) for r in found] == [(s, f) for s in (0, 1) for f in accuracy.FORMS[:3]]
     assert all(0 <= r["accuracy"] <= 1 for r in found)
     made = [{"seed": s, "form": f, "accuracy": a} for s, f, a in
-            ((0, "reference", 0.5), (0, "fp32", 0.6), (1, "reference", 0.9), (1, "fp32", 1.0))]
+            ((0, accuracy.EQUAL, 0.5), (0, "fp32", 0.6), (1, accuracy.EQUAL, 0.9), (1, "fp32", 1.0))]
     mean, low, high = accuracy.differences(made)["fp32"]
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
 

@@ -54,4 +54,5 @@ def test_cores_are_those_that_the_process_may_use():
 def test_the_number_of_threads_is_set_and_the_former_one_told():
     before = torch.get_num_threads()
     assert cores.use(1) == before
-    assert cores.use(before) == 1 and torch.get_num_threads() == before
+    assert cores.use(before) == 1
+    assert torch.get_num_threads() == before

@@ -302,3 +302,22 @@ def test_compiled_code_agrees(real, form):
         found, other = distill.idc(spec.replace(compile=True), MODEL, real, MEAN, STD, 3, form=form, threads=threads)
         torch.testing.assert_close(found.images, expected.images, atol=1e-3, rtol=1e-3)
         assert other == pytest.approx(history, rel=1e-3)
+
+
+def test_a_step_that_cannot_be_compiled_is_computed_without(monkeypatch):
+    class InductorError(RuntimeError):
+        pass
+
+    def unbuilt(*arguments):
+        raise InductorError("C++ compile error")
+
+    params, buffers = small_network()
+    spec = DistillSpec(ipc=2, factor=1, real_batch=5)
+    real, synthetic = images(3, 5), images(3, 2, seed=4)
+    expected = Matcher(spec, MODEL, form="loop")(params, buffers, real, synthetic, [0, 1, 2])
+    monkeypatch.setattr(matching, "_function", lambda *what: unbuilt)
+    matcher = Matcher(spec, MODEL, form="compiled")
+    with pytest.warns(UserWarning, match="the matching step of convnet3 cannot be compiled here .* same mathematics") as said:
+        found = matcher(params, buffers, real, synthetic, [0, 1, 2])
+    assert len(said) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -59,8 +59,10 @@ def test_every_form_agrees_with_one_by_one(split, model):
     solo, graphs, vmap = (train(FULL, split, form=form, **options) for form in ("solo", "graphs", "vmap"))
     assert (solo.form, graphs.form, vmap.form) == ("solo", "graphs", "vmap")
     # the recording, run as it is where there is no GPU, is the same computation
-    assert equal(graphs.params, solo.params) and equal(graphs.buffers, solo.buffers)
-    assert equal(graphs.snapshots[2][0], solo.snapshots[2][0]) and equal(graphs.snapshots[2][1], solo.snapshots[2][1])
+    assert equal(graphs.params, solo.params)
+    assert equal(graphs.buffers, solo.buffers)
+    assert equal(graphs.snapshots[2][0], solo.snapshots[2][0])
+    assert equal(graphs.snapshots[2][1], solo.snapshots[2][1])
     torch.testing.assert_close(vmap.losses, solo.losses, atol=1e-4, rtol=1e-3)
     close(vmap.params, solo.params, atol=1e-4)
     close(vmap.buffers, solo.buffers, atol=1e-4)

@@ -146,7 +146,8 @@ def test_batches_made_together_are_the_same_bits(split, operations):
     assert [len(x) for x, _ in together] == [6, 6, 2], "an epoch's end is an end"
     for i, (x, y) in enumerate(together):
         alone = source.step(7, 2 * 4 + 1 + i)
-        assert torch.equal(x, alone[0]) and torch.equal(y, alone[1])
+        assert torch.equal(x, alone[0])
+        assert torch.equal(y, alone[1])
 
 
 def test_training_does_not_depend_on_how_many_batches_are_made_together(split, monkeypatch):
@@ -203,13 +204,15 @@ def test_alternating_flip_mirrors_every_image_in_every_second_epoch(split):
         mirrored.append(flags)
     assert 0 < mirrored[0].sum() < 20
     assert torch.equal(mirrored[1], ~mirrored[0])
-    assert torch.equal(mirrored[2], mirrored[0]) and torch.equal(mirrored[3], mirrored[1])
+    assert torch.equal(mirrored[2], mirrored[0])
+    assert torch.equal(mirrored[3], mirrored[1])
 
 
 def test_options_that_were_added_leave_old_keys_alone():
     assert not {"label_smoothing", "nesterov", "alternating_flip"} & set(TrainSpec().to_dict())
     found = TrainSpec(label_smoothing=0.1).to_dict()
-    assert found["label_smoothing"] == 0.1 and TrainSpec(**found) == TrainSpec(label_smoothing=0.1)
+    assert found["label_smoothing"] == 0.1
+    assert TrainSpec(**found) == TrainSpec(label_smoothing=0.1)
 
 
 def test_training_leaves_the_global_generator_and_its_arguments_alone(split):

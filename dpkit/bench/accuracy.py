@@ -27,7 +27,8 @@ SEEDS = 5
 MODEL = ModelSpec(arch="convnet3", width=16, image_size=16)
 RECIPE = TrainSpec(epochs=24, lr=0.05)
 Network = tuple[tree.Params, tree.Buffers]
-FORMS = ("reference", "reference, an operation an image", "fp32", "bf16 compiled")
+EQUAL = "reference, an operation an image"
+FORMS = ("reference", EQUAL, "fp32", "bf16 compiled")
 
 
 def rows(seeds: Iterable[int] = range(SEEDS), recipe: TrainSpec = RECIPE, model: ModelSpec = MODEL, spec: DataSpec | None = None,
@@ -68,11 +69,11 @@ def _reference(form: str, recipe: TrainSpec, model: ModelSpec, sets: Dataset, st
 
 
 def differences(found: list[dict[str, Any]]) -> dict[str, tuple[float, float | None, float | None]]:
-    """Accuracy of each form minus the reference's, paired by seed: mean and 95% interval."""
+    """Accuracy of each form minus that of :data:`EQUAL`, paired by seed: mean and 95% interval."""
     by = {(row["seed"], row["form"]): float(row["accuracy"]) for row in found}
     seeds = sorted({seed for seed, _ in by})
-    forms = [form for form in dict.fromkeys(row["form"] for row in found) if form != "reference"]
-    return {form: mean_interval([by[seed, form] - by[seed, "reference"] for seed in seeds]) for form in forms}
+    forms = [form for form in dict.fromkeys(row["form"] for row in found) if form != EQUAL]
+    return {form: mean_interval([by[seed, form] - by[seed, EQUAL] for seed in seeds]) for form in forms}
 
 
 def main(path: str) -> None:
@@ -84,7 +85,7 @@ def main(path: str) -> None:
         writer.writeheader()
         writer.writerows(found)
     for form, (mean, low, high) in differences(found).items():
-        print(f"{form} minus reference: {100 * mean:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], n = {SEEDS}")
+        print(f"{form} minus {EQUAL}: {100 * mean:+.2f} points [{100 * low:+.2f}, {100 * high:+.2f}], n = {SEEDS}")
 
 
 if __name__ == "__main__":

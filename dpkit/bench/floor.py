@@ -101,6 +101,7 @@ def _record(kernel: Kernel, team: Team, ceilings: dict[str, float]) -> dict[str,
         why = str(error)
     flops, moved = seconds(kernel.work, ceilings, kernel.precision)
     return {"kind": "floor", "name": f"{kernel.name}, {kernel.network}", "kernel": kernel.name, "network": kernel.network,
-            "precision": kernel.precision, "form": kernel.form, "unit": f"{kernel.per}s/s", "flops": kernel.work.flops, "bytes": kernel.work.bytes,
+            "precision": kernel.precision, "form": kernel.form, "unit": f"{kernel.per}s/s",
+            "flops": kernel.work.flops, "bytes": kernel.work.bytes,
             "seconds_flops": flops, "seconds_bytes": moved, "ours": rate, "peer": None, "ratio": None, "target": None,
             "floor_fraction": fraction(kernel.work, rate, ceilings, kernel.precision) if rate else None, "why": why}

@@ -114,7 +114,8 @@ def match_reference(model: dict, steps: int, ipc: int = 10, factor: int = 2, dev
 
 # --- paths ---------------------------------------------------------------------------------------------------------------
 
-def path(model: dict, points: int, images: int, precision: str = "fp32", compiled: bool | None = None, device: str = "cpu") -> Task:
+def path(model: dict, points: int, images: int, precision: str = "fp32", compiled: bool | None = None,
+         device: str = "cpu") -> Task:
     """Error and loss at ``points`` between two networks on ``images`` images, statistics interpolated.
 
     compiled: as a path long enough to pay for it would be (True), or not; None: as this path is.

@@ -24,6 +24,7 @@ from dpkit.training.gradient import can_compile
 from dpkit.tree import Buffers, Params
 
 FORMS = ("loop", "compiled", "vmap")
+UNBUILT = ("InductorError", "BackendCompilerFailed", "CppCompileError")  # torch.compile's errors, by name: their home moves
 
 
 def distance(kind: str, a: Tensor, b: Tensor) -> Tensor:
@@ -150,11 +151,22 @@ class Matcher:
         return torch.autograd.grad(value, synthetic)[0], value.detach()
 
     def _compiled(self, params: Params, buffers: Buffers, real: Tensor, synthetic: Tensor, label: int) -> tuple[Tensor, Tensor]:
+        if not self.compiled:
+            return self._eager(params, buffers, real, synthetic, label)
         # only whole batches come here: a class with fewer images would cost another compilation
         function = _function(self.spec.distance, self.model, self.spec.precision, False, True)
         matched, rest = self._parts(params)
-        return function(matched, rest, buffers, _channels_last(real), _channels_last(synthetic),
-                        torch.tensor(label, device=real.device))
+        try:
+            return function(matched, rest, buffers, _channels_last(real), _channels_last(synthetic),
+                            torch.tensor(label, device=real.device))
+        except Exception as error:
+            # what torch.compile cannot build (bf16 matching on ResNets, in torch 2.13) is computed without it
+            if type(error).__name__ not in UNBUILT:
+                raise
+            self.compiled = False
+            warnings.warn(f"the matching step of {self.model.arch} cannot be compiled here ({type(error).__name__}): slower, "
+                          "with the same mathematics", stacklevel=2)
+            return self._eager(params, buffers, real, synthetic, label)
 
     def _all(self, params: Params, buffers: Buffers, real: Tensor, synthetic: Tensor,
              labels: Sequence[int]) -> tuple[Tensor, Tensor]:
