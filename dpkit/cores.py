@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -42,3 +44,16 @@ def use(threads: int) -> int:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     return before
+
+
+@contextmanager
+def used(threads: int) -> Iterator[None]:
+    """So many threads for what stands inside, and the former number again.
+
+    One thread for each operation is what makes Python threads side by side worthwhile, and bits independent of the machine.
+    """
+    before = use(threads)
+    try:
+        yield
+    finally:
+        use(before)

@@ -29,7 +29,7 @@ def generator(*path) -> torch.Generator:
     return tree.generator_for("hessian tests", *path)
 
 
-def problem(spec: ModelSpec, sparsity=0.0, soft=False):
+def problem(spec: ModelSpec, sparsity=0.0, soft=False, count=IMAGES):
     """(params, buffers, images, labels, mask) in float64, with norms away from their start."""
     g = generator(spec.arch, spec.norm_kind)
     params, buffers = (tree.to(t, dtype=torch.float64) for t in models.init(spec, g))
@@ -38,10 +38,10 @@ def problem(spec: ModelSpec, sparsity=0.0, soft=False):
             tensor += 0.3 * torch.rand(tensor.shape, generator=g)
     mask = {n: torch.rand(params[n].shape, generator=g) >= sparsity for n in models.prunable(spec)}
     params.update({n: torch.where(keep, params[n], 0.0) for n, keep in mask.items()})
-    images = torch.randn(IMAGES, spec.channels, 8, 8, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, CLASSES, (IMAGES,), generator=g)
+    images = torch.randn(count, spec.channels, spec.image_size, spec.image_size, generator=g, dtype=torch.float64)
+    labels = torch.randint(0, CLASSES, (count,), generator=g)
     if soft:
-        labels = torch.rand(IMAGES, CLASSES, generator=g, dtype=torch.float64).softmax(1)
+        labels = torch.rand(count, CLASSES, generator=g, dtype=torch.float64).softmax(1)
     return params, buffers, images, labels, mask if sparsity else None
 
 

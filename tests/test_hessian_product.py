@@ -3,13 +3,14 @@ import functools
 
 import pytest
 import torch
+from test_hessian import problem as hessian_problem
 from torch import Tensor
 
-from dpkit import models, tree
+from dpkit import tree
 from dpkit.hessian import HessianSpec, Operator, operator, product, program, trace_and_diagonal
 from dpkit.models import ModelSpec
 
-IMAGES, CLASSES = 10, 4
+CLASSES = 4
 CONVNET = ModelSpec(arch="convnet3", width=3, image_size=8, channels=1, classes=CLASSES)
 RESNET = ModelSpec(arch="resnet10", width=2, image_size=8, channels=1, classes=CLASSES)
 MODELS = {"convnet, instance": CONVNET, "convnet, batch": CONVNET.replace(norm="batch"),
@@ -18,28 +19,15 @@ MODELS = {"convnet, instance": CONVNET, "convnet, batch": CONVNET.replace(norm="
           "resnet, imagenet stem": RESNET.replace(stem="imagenet", image_size=32)}
 
 
+problem = functools.partial(hessian_problem, count=10)  # chunks of which the last is not whole
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Programs that are traced and cut as always and then run uncompiled: the same mathematics without the wait."""
     monkeypatch.setattr(operator, "CompiledProduct", functools.partial(product.CompiledProduct, compiled=False))
     monkeypatch.setattr(operator, "can_compile", lambda: True)
     monkeypatch.setattr(program, "_PROGRAMS", {})
-
-
-def problem(spec: ModelSpec, sparsity=0.0, soft=False):
-    """(params, buffers, images, labels, mask) in float64, with norms away from their start."""
-    g = tree.generator_for("hessian product", spec.arch, spec.norm_kind)
-    params, buffers = (tree.to(t, dtype=torch.float64) for t in models.init(spec, g))
-    for name, tensor in [*params.items(), *buffers.items()]:
-        if "norm" in name or "bn" in name or "downsample.1" in name:
-            tensor += 0.3 * torch.rand(tensor.shape, generator=g)
-    mask = {n: torch.rand(params[n].shape, generator=g) >= sparsity for n in models.prunable(spec)}
-    params.update({n: torch.where(keep, params[n], 0.0) for n, keep in mask.items()})
-    images = torch.randn(IMAGES, spec.channels, spec.image_size, spec.image_size, generator=g, dtype=torch.float64)
-    labels = torch.randint(0, CLASSES, (IMAGES,), generator=g)
-    if soft:
-        labels = torch.rand(IMAGES, CLASSES, generator=g, dtype=torch.float64).softmax(1)
-    return params, buffers, images, labels, mask if sparsity else None
 
 
 def vectors(op: Operator, columns=3) -> Tensor:
@@ -96,7 +84,7 @@ def test_the_cut_keeps_little(interpreted):
     op = agree(spec, problem(spec), 1e-12, chunk=5)
     activations = 8 * 16 * (32**2 + 16**2 + 8**2)  # the outputs of the convolutions, of 8 bytes a number
     assert activations <= op._compiled.saved <= 1.8 * activations
-    found = product.CompiledProduct(spec, *_parts(op), 5, memory=op._compiled.saved * (IMAGES - 1), compiled=False)
+    found = product.CompiledProduct(spec, *_parts(op), 5, memory=op._compiled.saved * (10 - 1), compiled=False)
     assert not found.kept
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpkit import models, tree
+from dpkit import cores, models, tree
 from dpkit.data import AugmentSpec, Split, apply, draw, normalise, per_class_indices
 from dpkit.data.augment import Draw
 from dpkit.distill.decode import decode_images, mosaic
@@ -165,11 +165,9 @@ def _crew(threads: int):
 
         yield here
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool.submit
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+    with cores.used(1):
+        pool = ThreadPoolExecutor(threads)
+        try:
+            yield pool.submit
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -4,28 +4,20 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models
 from dpkit.data import AugmentSpec, Split, augment, cutmix
 from dpkit.distill.spec import DistillSpec
-from dpkit.training.gradient import can_compile
+from dpkit.training.gradient import can_compile, loss
 from dpkit.tree import Buffers, Params
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 
-def _loss(model: models.ModelSpec, precision: str, params: Params, buffers: Buffers, x: Tensor,
-          y: Tensor) -> tuple[Tensor, Buffers]:
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        logits, buffers = models.forward(model, params, buffers, x, train=True)
-    return F.cross_entropy(logits.float(), y), buffers
-
-
 @functools.lru_cache(maxsize=8)
 def _compiled(model: models.ModelSpec, precision: str):
-    return torch.compile(torch.func.grad(functools.partial(_loss, model, precision), has_aux=True), dynamic=False)
+    return torch.compile(torch.func.grad(functools.partial(loss, model, precision=precision), has_aux=True), dynamic=False)
 
 
 class Trainer:
@@ -66,5 +58,5 @@ class Trainer:
                 plain, buffers, x.contiguous(memory_format=torch.channels_last), y)
             return [found[name] for name in params], buffers
         leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
-        loss, buffers = _loss(self.model, self.spec.precision, leaves, buffers, x, y)
-        return list(torch.autograd.grad(loss, list(leaves.values()))), {n: b.detach() for n, b in buffers.items()}
+        value, buffers = loss(self.model, leaves, buffers, x, y, self.spec.precision)
+        return list(torch.autograd.grad(value, list(leaves.values()))), {n: b.detach() for n, b in buffers.items()}

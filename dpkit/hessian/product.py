@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from dpkit import models
+from dpkit import cores, models
 from dpkit.hessian.program import arranged, program
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Params
@@ -60,7 +59,7 @@ class CompiledProduct:
         groups = [{name: arranged(t.detach()) for name, t in group.items()} for group in (weights, fixed, buffers)]
         self._weights = groups[0]
         self._tensors = [t for group in groups for t in group.values()]
-        with one_thread():
+        with cores.used(1):
             self._program = program(model, *groups, *self._chunks[0], compiled)
         self.saved = self._program.saved
         self.kept = self.saved * count * size <= memory
@@ -73,7 +72,7 @@ class CompiledProduct:
         columns = [[arranged(t) for t in vector.values()] for vector in vectors]
         sums = [[torch.zeros_like(t) for t in self._weights.values()] for _ in vectors]
         run = self._pool.map if self._pool else map
-        with one_thread():
+        with cores.used(1):
             # In waves, so that no more results wait for their turn than there are threads.
             for start in range(0, len(self._chunks), self._threads):
                 wave = range(start, min(start + self._threads, len(self._chunks)))
@@ -106,14 +105,3 @@ def _filled(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]
     left_out = 0.0 if labels.is_floating_point() else IGNORED
     return (torch.cat([images, images[:1].expand(more, *images.shape[1:])]),
             torch.cat([labels, labels.new_full((more, *labels.shape[1:]), left_out)]))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for each operation, so that programs are made for one and threads do not compete for cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

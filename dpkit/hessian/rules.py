@@ -144,8 +144,6 @@ def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if isinstance(padding, str):
         return NotImplemented
     pair = [[value] * 2 if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
     y = Convolution.apply(x, weight, (*pair, groups))
     return y if bias is None else y + bias[:, None, None]
 
@@ -153,7 +151,7 @@ def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
     if x.dim() != 4 or num_groups != x.shape[1] or weight is None or bias is None:
         return NotImplemented
-    return Standardise.apply(x.to(weight.dtype), eps)[0] * weight[:, None, None] + bias[:, None, None]
+    return Standardise.apply(x, eps)[0] * weight[:, None, None] + bias[:, None, None]
 
 
 def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):

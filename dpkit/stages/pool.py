@@ -47,6 +47,7 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     group: list[Unit] = field(default_factory=list)
+    shared: bool = False  # another group was in memory at some time while this one was made
 
 
 class Pool:
@@ -103,7 +104,10 @@ class Pool:
                 except OSError:  # it has ended while it was idle; its pipe says so next
                     self.schedule.push(group)
                     continue
-                worker.group = group
+                worker.group, worker.shared = group, False
+                if len(busy := self._busy()) > 1:
+                    for other in busy:
+                        other.shared = True
                 self.schedule.start(group)
 
     def _hire(self) -> _Worker:
@@ -142,7 +146,7 @@ class Pool:
             group, worker.group = worker.group, []
             if what != "error":
                 self._dismiss(worker)
-            self._failed(what, group, rest[0])
+            self._failed(what, group, worker.shared, rest[0])
 
     def _lost(self, worker: _Worker) -> None:
         """A process has ended that should not have."""
@@ -151,7 +155,7 @@ class Pool:
         code = worker.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
         if worker.group:
-            self._failed("died", worker.group, how)
+            self._failed("died", worker.group, worker.shared, how)
         elif worker.ready or self._busy():
             self.limit = max(1, len(self.workers))
             self._say("fewer", f"a worker process {how} before it computed anything; going on with {self.limit} of {self.wanted}")
@@ -159,8 +163,8 @@ class Pool:
             raise RuntimeError(f"a worker process {how} before it began; a script that computes needs "
                                "`if __name__ == \"__main__\":` around its calls")
 
-    def _failed(self, what: str, group: list[Unit], text: str) -> None:
-        label, others = group[0].label, len(self._busy())
+    def _failed(self, what: str, group: list[Unit], shared: bool, text: str) -> None:
+        label = group[0].label
         for unit in group:
             self.tries[unit.key] = self.tries.get(unit.key, 0) + 1
         if len(group) > 1:
@@ -179,8 +183,8 @@ class Pool:
             else:
                 self.schedule.settle(group[0].key, error=f"{text}\nthe device failed twice while computing this alone: "
                                                          f"{text.strip().splitlines()[-1]}")
-        elif others:
-            self.limit = max(1, (others + 1) // 2)
+        elif shared:  # not "busy now": what ran beside it may have ended in the same moment
+            self.limit = max(1, (len(self._busy()) + 1) // 2)
             reason = "ran out of memory" if what == "memory" else text
             self._say("fewer", f"a worker process {reason} while computing {label}, most likely for want of memory; going on "
                                f"with {self.limit} of {self.wanted} processes")

@@ -109,11 +109,8 @@ def compute(store: Store, units: Iterable[Unit], *, device: str = "auto", worker
         elif sum(expected.costs.values()) > SMALL:
             run.in_processes(min(workers or cores.available(), len(todo)), 1)
         else:
-            threads = cores.use(1)  # as in a worker: the same bits
-            try:
+            with cores.used(1):  # as in a worker: the same bits
                 run.here(1)
-            finally:
-                cores.use(threads)
     finally:
         forecast.record(store, expected, run.seconds, run.share, complete=not run.left_over,
                         made=run.report.made)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkit import models, tree
+from dpkit import cores, models, tree
 from dpkit.models import reestimation
 from dpkit.training.gradient import can_compile
 from dpkit.tree import Buffers, Params
@@ -89,13 +89,11 @@ def evaluate(model: models.ModelSpec, params: Params, buffers: Buffers, images: 
     """
     if len(images) == 0:
         raise ValueError("the evaluation set is empty; give at least one image")
-    wrong, total = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits, _ = models.forward(model, params, buffers, x, train=False)
-            wrong += (logits.argmax(1) != y).sum().cpu()
-            total += F.cross_entropy(logits.double(), y, reduction="sum").cpu()
-    return float(wrong) / len(images), float(total) / len(images)
+        total = sum(_score(model, "fp32", params, buffers, x, y)
+                    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    error, loss = (total.cpu() / len(images)).tolist()
+    return error, loss
 
 
 def pays(model: models.ModelSpec, images: int) -> bool:
@@ -166,10 +164,6 @@ def _chunks(images: Tensor, labels: Tensor, size: int, full: bool, layout: torch
 
 
 def _in_threads(run: Callable[[range], None], blocks: Sequence[range], threads: int) -> None:
-    before = torch.get_num_threads()
-    try:
-        # each thread computes on one core; a network's numbers never depend on who else is at work
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(run, blocks))
-    finally:
-        torch.set_num_threads(before)
+    # each thread computes on one core; a network's numbers never depend on who else is at work
+    with cores.used(1), ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, blocks))
