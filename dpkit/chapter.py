@@ -46,8 +46,6 @@ class Chapter:
     def compute(self) -> None:
         """Make what is missing. Raises ``RuntimeError`` after everything else is done if a unit ended in an error."""
         units = [unit for part in self.parts for unit in self.plan.share(part, self.share)]
-        if "tickets" in self.parts and self.share == "1/1":
-            units += [entry.unit for entry in self.plan.searches()]
         found = stages.compute(self.store, units, device=self.device, workers=self.workers, data_root=self.data_root,
                                observe=observer(self.name))
         if found.errors:
@@ -78,7 +76,7 @@ class Chapter:
     @cached_property
     def numbers(self) -> dict[str, report.Number]:
         """All numbers of the study that can be computed from the store, by name."""
-        parts = {part: self.rows(part) for part in (*stages.CHAPTERS, "searches")}
+        parts = {part: self.rows(part) for part in stages.FRAMES}
         return {n.name: n for n in report.all_numbers(self.store, parts)}
 
     def number(self, name: str) -> str:
@@ -134,7 +132,7 @@ class Chapter:
         machine = {json.dumps(self.store.get(key).meta["machine"], sort_keys=True) for part in self.parts
                    for _, key in self.rows(part) if self.store.has(key)}
         machines = [json.loads(m) for m in sorted(machine)]
-        keys = {key for part in self.parts for entry in getattr(self.plan, part)()
+        keys = {key for part in self.parts for entry in self.plan.chapter(part)
                 for key in stages.closure([entry.unit]) if self.store.has(key)}
         seconds = sum(report.spent(self.store.get(key)) for key in keys)
         rows = {"data": self.dataset.description, "network": f"{self.study.arch}, width {self.study.width}",

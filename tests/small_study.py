@@ -10,7 +10,11 @@ from dpkit.stages import Plan, Study
 
 torch.set_num_threads(1)  # as in a worker: equal bits
 
-TINY = {"train_images": 160, "test_images": 50, "width": 3, "epochs": 2, "batch_size": 32, "ipc": 1, "distill_outer": 2,
+SETS = ("idc", "idc_factor1", "dc", "dsa", "dm", "mtt", "random_real", "herding", "k_center", "el2n", "idc_soft")
+TINY = {"sets": SETS, "dc_outer": 2, "dc_inner": 2, "dc_real_batch": 8, "dc_network_epochs": 1, "dm_steps": 2, "dm_real_batch": 8,
+        "mtt_steps": 2, "mtt_student_steps": 2, "mtt_expert_epochs": 1, "mtt_max_start_epoch": 1, "expert_count": 1,
+        "expert_epochs": 2, "el2n_networks": 1, "train_images": 160, "test_images": 50, "width": 3, "epochs": 2,
+        "batch_size": 32, "ipc": 1, "distill_outer": 2,
         "distill_inner": 1, "distill_network_images": 32, "set_epochs": 3, "evaluation_seeds": 1, "fraction": 0.4, "rounds": 2,
         "at_rounds": (2,), "rewind_epochs": 0.5, "seeds": 1, "points": 3, "plane_resolution": 3, "plane_images": 20,
         "hessian_images": 10, "probes": 2, "lanczos_steps": 2, "plane_arms": ("dense",), "hessian_arms": ("dense", "imp")}

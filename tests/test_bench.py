@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpkit import hessian, models, training, tree
 from dpkit.bench import accuracy, counts, jobs, reference, spectra
 from dpkit.data import AugmentSpec, DataSpec
-from dpkit.distill import DistillSpec
+from dpkit.distill import IDCSpec
 from dpkit.distill.matching import matching_loss
 from dpkit.models import ModelSpec, layer_work
 from dpkit.training import TrainSpec
@@ -79,7 +79,7 @@ def test_matching_step_is_counted_right(model):
     tiles = x[:3].clone().requires_grad_()
 
     def step():
-        torch.autograd.grad(matching_loss(DistillSpec(), model, params, buffers, x, tiles, 2), tiles)
+        torch.autograd.grad(matching_loss(IDCSpec(), model, params, buffers, x, tiles, 2), tiles)
 
     assert operations(step) == counts.matching(model, 4, 3, 1).flops + 3 * second_weight_gradient(model, params)
 
@@ -145,7 +145,7 @@ def test_reference_matching_goes_our_way():
     finally:
         reference.dsa = plain
     leaf = before[0].clone().requires_grad_()
-    distance = matching_loss(DistillSpec(), model, params, buffers, x, leaf, 0)
+    distance = matching_loss(IDCSpec(), model, params, buffers, x, leaf, 0)
     torch.testing.assert_close(before[0] - synthetic.detach()[0], torch.autograd.grad(distance, leaf)[0], rtol=1e-3, atol=1e-5)
     assert value == pytest.approx(float(distance.detach()), rel=1e-4)
 

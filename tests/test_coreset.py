@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny import MEAN, MODEL, STD, coloured
 
-from dpkit import distill
-from dpkit.data import Split
-from dpkit.distill import Distilled, decode, decode_images, mosaic
-from dpkit.training import TrainSpec
+from dpkit import distill, models, tree
+from dpkit.data import Split, normalise
+from dpkit.distill import coreset as c
+from dpkit.distill import decode, decode_images, mosaic
+from dpkit.distill.interface import Task
+from dpkit.models import ModelSpec
 
 REAL = Split(torch.arange(24, dtype=torch.uint8).view(24, 1, 1, 1) * 10, torch.arange(24) % 3)
 
@@ -73,42 +77,90 @@ def test_a_factor_larger_than_the_image_is_refused():
         decode_images(torch.zeros(1, 1, 2, 4), 3)
 
 
-def test_the_recipe_travels_with_the_set():
-    small = Distilled(
-        Split(torch.rand(4, 3, 8, 8), torch.arange(4)), 2, torch.zeros(3), torch.ones(3), TrainSpec()
-    )
-    assert len(small.decoded()) == 16
-
-
 # --- chosen sets ---
-def test_random_sets_are_balanced_and_without_replacement():
-    found = distill.random(REAL, 3, 5, torch.Generator().manual_seed(1))
-    assert found.labels.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    values = torch.round(found.images.flatten() * 25.5).long()
-    assert len(set(values.tolist())) == 15
-    assert torch.equal(values % 3, found.labels)  # images keep their labels
-    assert found.images.dtype == torch.float32
-    again, other = (distill.random(REAL, 3, 5, torch.Generator().manual_seed(s)) for s in (1, 2))
-    assert torch.equal(again.images, found.images)
-    assert not torch.equal(other.images, found.images)
+CHOICES = {"random": (c.RandomSpec, c.random), "herding": (c.HerdingSpec, c.herding), "k_center": (c.KCenterSpec, c.k_center),
+           "el2n": (c.EL2NSpec, c.el2n)}
+GREY = ModelSpec(width=4, image_size=8, channels=1, classes=3)
+ALL = pytest.mark.parametrize("name", CHOICES)
 
 
-def test_all_images_of_a_class_can_be_asked_for():
-    found = distill.random(REAL, 3, 8, torch.Generator().manual_seed(1))
-    assert sorted(found.images.flatten().tolist()) == pytest.approx([i * 10 / 255 for i in range(24)])
+def network(seed):
+    return models.init(MODEL, tree.generator_for(seed, "init"))
+
+
+def task(real=REAL, model=GREY, seed=1, **changes):
+    return Task(real=real, mean=MEAN[: model.channels], std=STD[: model.channels], model=model, seed=seed, **changes)
+
+
+def small(**changes):
+    """A task on coloured images with two trajectories of two networks."""
+    networks = [(network(0), network(1)), (network(2), network(3))]
+    return task(coloured(), MODEL, **{"networks": networks} | changes)
+
+
+def positions(made, real):
+    """Where the chosen images are among the real ones."""
+    return [int((real.images.float() / 255 == image).flatten(1).all(1).nonzero()[0]) for image in made.split.images]
+
+
+@ALL
+def test_chosen_sets_are_balanced_real_images_without_repetition(name):
+    spec, choose = CHOICES[name]
+    made, real = choose(spec(ipc=4), small()), coloured()
+    found = positions(made, real)
+    assert made.split.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert real.labels[found].tolist() == made.split.labels.tolist()
+    assert len(set(found)) == 12
+    assert made.split.images.dtype == torch.float32
+    again = choose(spec(ipc=4), small())
+    assert torch.equal(again.split.images, made.split.images)
+
+
+@ALL
+def test_all_images_of_a_class_can_be_asked_for(name):
+    spec, choose = CHOICES[name]
+    found = positions(choose(spec(ipc=6), small()), coloured())
+    assert len(set(found)) == 18
+    assert spec(ipc=6).to_dict() == {"method": name, "ipc": 6}
+    assert spec().held(10) == 0
+
+
+@ALL
+def test_chosen_sets_refuse_what_cannot_be(name):
+    spec, choose = CHOICES[name]
+    with pytest.raises(ValueError, match=r"^ipc must be at most the images of a class; class 2 has 6, got 7$"):
+        choose(spec(ipc=7), small())
+    with pytest.raises(ValueError, match=r"^ipc must be >= 1, got 0$"):
+        spec(ipc=0)
+    if name != "random":
+        with pytest.raises(ValueError, match=f"^{name} needs networks trained on real data, got none"):
+            choose(spec(ipc=1), small(networks=()))
+
+
+def test_random_sets_follow_from_the_seed_as_they_always_did():
+    made = c.random(c.RandomSpec(ipc=5), task(seed=3))
+    source = tree.generator_for(3, "random")
+    expected = torch.cat([torch.arange(k, 24, 3)[torch.randperm(8, generator=source)[:5]] for k in range(3)])
+    assert torch.equal(made.split.images, REAL.images[expected].float() / 255)
+    assert not torch.equal(c.random(c.RandomSpec(ipc=5), task(seed=4)).split.images, made.split.images)
+
+
+def test_images_that_are_numbers_already_stay_as_they_are():
+    real = Split(torch.rand(3, 1, 8, 8), torch.arange(3))
+    assert torch.equal(c.random(c.RandomSpec(ipc=1), task(real)).split.images, real.images)
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def test_herding_by_hand():
     # three directions; the one between is nearest to the mean, then a tie that the first one wins
-    features = torch.tensor([[5.0, 0.0], [0.0, 0.1], [2.0, 2.0]])
-    real = Split(torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1), torch.zeros(3).long())
-    found = distill.herding(real, 1, 3, features)
-    torch.testing.assert_close(found.images.flatten(), torch.tensor([0.3, 0.1, 0.2]))
+    assert c.herd(F.normalize(rows([5, 0], [0, 0.1], [2, 2]), dim=1), 3).tolist() == [2, 0, 1]
 
 
-def greedy(features, count):
+def greedy(unit, count):
     """Herding by trying every image."""
-    unit = [f / f.norm() for f in features.double()]
     mean, picks = sum(unit) / len(unit), []
     while len(picks) < count:
         free = [i for i in range(len(unit)) if i not in picks]
@@ -122,16 +174,42 @@ def greedy(features, count):
 
 
 def test_herding_equals_trying_every_image():
-    features = torch.randn(24, 4, generator=torch.Generator().manual_seed(3))
-    found = distill.herding(REAL, 3, 5, features)
-    expected = [c + 3 * i for c in range(3) for i in greedy(features[c::3], 5)]
-    assert torch.round(found.images.flatten() * 25.5).long().tolist() == expected
+    features = torch.randn(24, 4, generator=torch.Generator().manual_seed(3)).double()
+    assert c.herd(features, 9).tolist() == greedy(list(features), 9)
 
 
-def test_chosen_sets_refuse_what_cannot_be():
-    with pytest.raises(ValueError, match="ipc must be at most the images of a class; class 0 has 8, got 9"):
-        distill.random(REAL, 3, 9, torch.Generator())
-    with pytest.raises(ValueError, match="class 3 has 0, got 1"):
-        distill.herding(REAL, 4, 1, torch.ones(24, 2))
-    with pytest.raises(ValueError, match="features must be one row per image, 24; got 23"):
-        distill.herding(REAL, 3, 1, torch.ones(23, 2))
+def test_k_center_by_hand():
+    # on a line: 5 is nearest to the mean (5.75), 12 is the farthest, then 0, then 9, which is 3 from 12
+    assert c.farthest_first(rows([0], [5], [4], [12], [9], [4.5]), 4).tolist() == [1, 3, 0, 4]
+
+
+def test_k_center_chooses_equal_images_rather_than_one_twice():
+    assert c.farthest_first(rows([1], [1], [1]), 3).tolist() == [0, 1, 2]
+
+
+def test_features_come_from_the_last_network_of_the_first_trajectory():
+    real, expected = coloured(), []
+    x = normalise(real.images, MEAN, STD)
+    features = F.normalize(models.features(MODEL, *network(1), x).double(), dim=1)
+    for place in small().places(3):
+        expected += place[torch.tensor(greedy(list(features[place]), 3))].tolist()
+    assert positions(c.herding(c.HerdingSpec(ipc=3), small()), real) == expected
+    first = small(networks=[(network(0), network(1))])
+    assert positions(c.k_center(c.KCenterSpec(ipc=3), first), real) == positions(c.k_center(c.KCenterSpec(ipc=3), small()), real)
+    other = small(networks=[(network(0), network(9))])
+    assert positions(c.herding(c.HerdingSpec(ipc=3), other), real) != expected
+
+
+def test_el2n_scores_are_means_over_the_first_networks():
+    real, x = coloured(), normalise(coloured().images, MEAN, STD)
+    scores = torch.zeros(20, dtype=torch.float64)
+    for seed in (0, 2):
+        p = models.forward(MODEL, *network(seed), x)[0].double().softmax(1)
+        scores += ((p - F.one_hot(real.labels, 3)) ** 2).sum(1).sqrt() / 2
+    expected = [sorted(range(k, 20, 3), key=lambda i: float(scores[i]))[:2] for k in range(3)]
+    assert positions(c.el2n(c.EL2NSpec(ipc=2), small()), real) == [i for own in expected for i in own]
+
+
+def test_el2n_ties_go_to_the_first(monkeypatch):
+    monkeypatch.setattr(c, "el2n_scores", lambda task, params, buffers: torch.ones(20))
+    assert positions(c.el2n(c.EL2NSpec(ipc=2), small()), coloured()) == [0, 3, 1, 4, 2, 5]

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import BATCH_NORM, MEAN, STD, Plain, equal
+from tiny import BATCH_NORM, MEAN, STD, Plain, equal, learned
 
 from dpkit import distill, models, tree
 from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise, shapes
-from dpkit.distill import DistillSpec, decode_images
+from dpkit.distill import IDCSpec, decode_images
 from dpkit.distill.matching import distance, matched_names, matching_loss
 from dpkit.distill.network import Trainer
 from dpkit.models import ModelSpec
 
 MODEL = ModelSpec(width=3, image_size=8, classes=3)
-QUICK = DistillSpec(
+QUICK = IDCSpec(
     ipc=2, factor=2, outer=3, inner=2, lr=0.05, real_batch=6, network_images=8, network_batch=4
 )
 
@@ -64,7 +64,7 @@ def expected_loss(kind, model, params, buffers, real, synthetic, label):
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("kind", distill.spec.DISTANCES)
 def test_the_pixel_gradient_equals_finite_differences(kind, factor):
-    spec = DistillSpec(distance=kind)
+    spec = IDCSpec(distance=kind)
     params, buffers = double_network()
     source = torch.Generator().manual_seed(2)
     real = torch.randn(5, 3, 8, 8, generator=source, dtype=torch.float64)
@@ -90,9 +90,9 @@ def test_the_matching_loss_by_its_definition(kind):
     params, buffers = double_network()
     source = torch.Generator().manual_seed(3)
     real, synthetic = (torch.randn(n, 3, 8, 8, generator=source, dtype=torch.float64) for n in (5, 2))
-    found = matching_loss(DistillSpec(distance=kind), MODEL, params, buffers, real, synthetic, 2)
+    found = matching_loss(IDCSpec(distance=kind), MODEL, params, buffers, real, synthetic, 2)
     torch.testing.assert_close(found, expected_loss(kind, MODEL, params, buffers, real, synthetic, 2))
-    same = matching_loss(DistillSpec(distance=kind), MODEL, params, buffers, real, real, 2)
+    same = matching_loss(IDCSpec(distance=kind), MODEL, params, buffers, real, real, 2)
     assert abs(float(same.detach())) < 1e-12
 
 
@@ -122,7 +122,7 @@ def first_images(real, spec, seed, classes=3):
     "factor, ipc, operations", [(1, 2, ""), (2, 2, "color_crop_cutout"), (1, 3, "color_flip")]
 )
 def test_one_step_by_hand(real, factor, ipc, operations):
-    spec = DistillSpec(
+    spec = IDCSpec(
         ipc=ipc,
         factor=factor,
         outer=1,
@@ -132,7 +132,7 @@ def test_one_step_by_hand(real, factor, ipc, operations):
         network_images=0,
         augment=AugmentSpec(operations=operations),
     )
-    split, history = distill.idc(spec, MODEL, real, MEAN, STD, 5)
+    split, history = learned(spec, MODEL, real, MEAN, STD, 5)
 
     source = tree.generator_for(5, "outer", 0)
     params, buffers = models.init(MODEL, source)
@@ -161,7 +161,7 @@ def test_doubled_rate_equals_the_published_momentum():
     classes, rounds = 10, 6
     model, shown = MODEL.replace(classes=classes, image_size=16), shapes.make("train", 60)
     real = Split(64 + shown.images // 2, shown.labels)  # so that no step leaves [0, 1]
-    spec = DistillSpec(
+    spec = IDCSpec(
         ipc=1,
         factor=1,
         outer=1,
@@ -172,7 +172,7 @@ def test_doubled_rate_equals_the_published_momentum():
         augment=AugmentSpec(operations=""),
     )
     images = first_images(real, spec, 1, classes)
-    found = distill.idc(spec, model, real, MEAN, STD, 1)[0].images - images
+    found = learned(spec, model, real, MEAN, STD, 1)[0].images - images
 
     params, buffers = models.init(model, tree.generator_for(1, "outer", 0))
     params = {n: t.requires_grad_() for n, t in params.items()}
@@ -194,7 +194,7 @@ def test_doubled_rate_equals_the_published_momentum():
 
 @pytest.mark.parametrize("model", [MODEL, BATCH_NORM], ids=["instance", "batch"])
 def test_the_network_step_is_that_of_torch(model, real):
-    spec = DistillSpec(network_images=10, network_batch=4, network_lr=0.05)
+    spec = IDCSpec(network_images=10, network_batch=4, network_lr=0.05)
     params, buffers = models.init(model, torch.Generator().manual_seed(4))
     module = Plain(model, {n: t[None] for n, t in params.items()}, {n: t[None] for n, t in buffers.items()})
     trained = tree.detach(params)
@@ -219,7 +219,7 @@ def test_the_network_step_is_that_of_torch(model, real):
 
 def test_at_most_so_many_decoded_images_are_matched(real):
     spec = QUICK.replace(ipc=4, factor=1, outer=1, inner=1, synthetic_batch=3, network_images=0)
-    moved = distill.idc(spec, MODEL, real, MEAN, STD, 0)[0].images - first_images(real, spec, 0)
+    moved = learned(spec, MODEL, real, MEAN, STD, 0)[0].images - first_images(real, spec, 0)
     changed = (moved.abs().flatten(1).amax(1) > 1e-7).view(3, 4).sum(1)
     assert changed.tolist() == [3, 3, 3]
 
@@ -229,21 +229,21 @@ def test_at_most_so_many_decoded_images_are_matched(real):
 def test_a_resumed_run_equals_a_straight_one(real, model):
     saved = []
 
-    def keep(images, history):
-        saved.append((images.clone(), list(history)))
+    def keep(state):
+        saved.append({name: t.clone() for name, t in state.items()})
 
-    straight, history = distill.idc(QUICK, model, real, MEAN, STD, 3, checkpoint=keep)
-    assert [len(h) for _, h in saved] == [1, 2, 3]
-    assert torch.equal(saved[-1][0], straight.images)
-    for images, so_far in saved:
-        again, other = distill.idc(QUICK, model, real, MEAN, STD, 3, resume=(images, so_far))
+    straight, history = learned(QUICK, model, real, MEAN, STD, 3, checkpoint=keep)
+    assert [len(state["history"]) for state in saved] == [1, 2, 3]
+    assert torch.equal(saved[-1]["images"], straight.images)
+    for state in saved:
+        again, other = learned(QUICK, model, real, MEAN, STD, 3, resume=state)
         assert torch.equal(again.images, straight.images)
         assert other == history
 
 
 def test_what_comes_out(real):
     seen, pixels = [], real.images.clone()
-    split, history = distill.idc(QUICK, MODEL, real, MEAN, STD, 3, progress=lambda *at: seen.append(at))
+    split, history = learned(QUICK, MODEL, real, MEAN, STD, 3, progress=lambda *at: seen.append(at))
     assert split.images.shape == (6, 3, 8, 8)  # exactly ipc for each class
     assert split.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert float(split.images.min()) >= 0
@@ -253,7 +253,7 @@ def test_what_comes_out(real):
     assert seen == [(step, 6) for step in range(1, 7)]
     assert torch.equal(real.images, pixels)
     assert not torch.allclose(split.images, first_images(real, QUICK, 3), atol=1e-4)
-    other = distill.idc(QUICK, MODEL, real, MEAN, STD, 4)[0]
+    other = learned(QUICK, MODEL, real, MEAN, STD, 4)[0]
     assert not torch.allclose(other.images, split.images, atol=1e-3)
 
 
@@ -262,7 +262,7 @@ def test_bf16_moves_the_images_the_same_way():
     spec = QUICK.replace(outer=1, inner=1, network_images=0)
     before, steps = first_images(real, spec, 3, 10), []
     for precision in ("fp32", "bf16"):
-        found, _ = distill.idc(spec.replace(precision=precision), model, real, MEAN, STD, 3)
+        found, _ = learned(spec.replace(precision=precision), model, real, MEAN, STD, 3)
         steps.append((found.images - before).flatten())
     assert not torch.equal(*steps)
     assert float(F.cosine_similarity(*steps, dim=0)) > 0.97
@@ -270,37 +270,38 @@ def test_bf16_moves_the_images_the_same_way():
 
 def test_images_that_overflow_are_reported(real):
     with pytest.raises(FloatingPointError, match="images are not finite after outer iteration 0; lower lr"):
-        distill.idc(QUICK.replace(lr=1e38), MODEL, real, MEAN, STD, 3)
+        learned(QUICK.replace(lr=1e38), MODEL, real, MEAN, STD, 3)
 
 
 def test_too_few_images_for_the_start_are_refused(real):
     with pytest.raises(
         ValueError, match="ipc 3 with factor 2 starts from 12 real images a class, class 0 has 8"
     ):
-        distill.idc(QUICK.replace(ipc=3), MODEL, real, MEAN, STD, 0)
+        learned(QUICK.replace(ipc=3), MODEL, real, MEAN, STD, 0)
 
 
 @pytest.mark.parametrize(
     "change, line",
     [
-        ({"method": "dm"}, "method must be one of idc, random, herding; got 'dm'"),
+        ({"start": "zeros"}, "start must be one of real, noise; got 'zeros'"),
+        ({"networks": "old"}, "networks must be one of fresh, pool; got 'old'"),
+        ({"momentum": 1.0}, "momentum must lie in"),
         ({"distance": "l2"}, "distance must be one of squared, l1, cosine; got 'l2'"),
         ({"ipc": 0}, "ipc must be >= 1, got 0"),
         ({"factor": 0}, "factor must be >= 1, got 0"),
         ({"network_images": -1}, "network_images must be >= 0"),
         ({"lr": 0}, "lr and network_lr must be > 0"),
-        ({"method": "random"}, "factor must be 1 for method random, which stores whole real images; got 2"),
     ],
 )
 def test_wrong_settings_are_refused(change, line):
     with pytest.raises(ValueError, match=line):
-        DistillSpec(**change)
+        IDCSpec(**change)
 
 
 def test_nothing_is_drawn_from_the_global_generator(real):
     state = torch.get_rng_state()
-    first = distill.idc(QUICK.replace(outer=1), MODEL, real, MEAN, STD, 3)[0]
+    first = learned(QUICK.replace(outer=1), MODEL, real, MEAN, STD, 3)[0]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    again = distill.idc(QUICK.replace(outer=1), MODEL, real, MEAN, STD, 3)[0]
+    again = learned(QUICK.replace(outer=1), MODEL, real, MEAN, STD, 3)[0]
     assert equal({"images": first.images}, {"images": again.images})

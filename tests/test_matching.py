@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distill import MODEL, QUICK, double_network, first_images, pictures
-from tiny import BATCH_NORM, MEAN, STD
+from tiny import BATCH_NORM, MEAN, STD, learned
 
 from dpkit import distill, models, tree
 from dpkit.data import AugmentSpec, Split, apply, augment, cutmix, draw, normalise
-from dpkit.distill import DistillSpec, decode_images, matching
+from dpkit.distill import IDCSpec, decode_images, matching
 from dpkit.distill.matching import FORMS, Matcher, matching_loss
 from dpkit.models import ModelSpec
 
@@ -63,7 +63,7 @@ def small_network(model=MODEL):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_gradient_of_the_matching_loss(uncompiled, form, kind):
     params, buffers = double_network()
-    spec = DistillSpec(distance=kind, real_batch=5)
+    spec = IDCSpec(distance=kind, real_batch=5)
     x, s, labels = images(3, 5, torch.float64), images(3, 4, torch.float64, seed=4), [2, 0, 1]
     found, values = Matcher(spec, MODEL, form=form)(params, buffers, x, s, labels)
     assert found.shape == s.shape
@@ -79,7 +79,7 @@ def test_every_form_gives_the_gradient_of_the_matching_loss(uncompiled, form, ki
 @pytest.mark.parametrize("form", FORMS)
 def test_the_pixel_gradient_of_every_form_equals_finite_differences(uncompiled, form, kind):
     params, buffers = double_network()
-    matcher = Matcher(DistillSpec(distance=kind, real_batch=5), MODEL, form=form)
+    matcher = Matcher(IDCSpec(distance=kind, real_batch=5), MODEL, form=form)
     x, s, source = images(2, 5, torch.float64), images(2, 3, torch.float64, seed=4), torch.Generator().manual_seed(5)
     gradient, _ = matcher(params, buffers, x, s, [1, 2])
     assert float(gradient.abs().max()) > 0
@@ -97,7 +97,7 @@ def test_the_forms_agree_in_single_precision_and_change_nothing(uncompiled, form
     params, buffers = small_network(model)
     before = tree.detach(params), tree.detach(buffers)
     x, s = images(3, 6), images(3, 4, seed=4)
-    spec = DistillSpec(real_batch=6)
+    spec = IDCSpec(real_batch=6)
     expected, values = Matcher(spec, model, form="loop")(params, buffers, x, s, [0, 1, 2])
     found, other = Matcher(spec, model, form=form)(params, buffers, x, s, [0, 1, 2])
     torch.testing.assert_close(other, values, rtol=1e-4, atol=1e-6)
@@ -111,8 +111,8 @@ def test_bf16_points_the_same_way_in_every_form(uncompiled, form):
     model = MODEL.replace(width=8, image_size=16)
     params, buffers = small_network(model)
     x, s = images(3, 12, side=16), images(3, 8, seed=4, side=16)
-    exact = Matcher(DistillSpec(), model, form="loop")(params, buffers, x, s, [0, 1, 2])[0]
-    found = Matcher(DistillSpec(precision="bf16", real_batch=12), model, form=form)(params, buffers, x, s, [0, 1, 2])[0]
+    exact = Matcher(IDCSpec(), model, form="loop")(params, buffers, x, s, [0, 1, 2])[0]
+    found = Matcher(IDCSpec(precision="bf16", real_batch=12), model, form=form)(params, buffers, x, s, [0, 1, 2])[0]
     assert found.dtype == torch.float32
     assert not torch.equal(found, exact)
     assert float(F.cosine_similarity(found.flatten(), exact.flatten(), dim=0)) > 0.97
@@ -126,8 +126,8 @@ def test_a_class_with_fewer_real_images_than_the_batch(uncompiled, real, form):
     spec = QUICK.replace(ipc=1, real_batch=7, outer=1, lr=0.005, network_images=0)
     assert Matcher(spec, MODEL, form=form).groups([5, 7, 7]) == ([[1, 2], [0]] if form == "vmap" else [[0], [1], [2]])
     start = first_images(few, spec, 3)
-    expected, history = distill.idc(spec, MODEL, few, MEAN, STD, 3, form="loop")
-    found, other = distill.idc(spec, MODEL, few, MEAN, STD, 3, form=form)
+    expected, history = learned(spec, MODEL, few, MEAN, STD, 3, form="loop")
+    found, other = learned(spec, MODEL, few, MEAN, STD, 3, form=form)
     moved, size = found.images - start, float((expected.images - start).norm())
     assert size > 1e-4
     assert float((moved - (expected.images - start)).norm()) < 1e-3 * size
@@ -140,8 +140,8 @@ def test_a_class_with_fewer_real_images_than_the_batch(uncompiled, real, form):
 @pytest.mark.parametrize("model", [MODEL, BATCH_NORM], ids=["instance", "batch"])
 def test_a_distillation_in_other_forms(uncompiled, real, model, form):
     spec = QUICK.replace(outer=2, ipc=4, factor=1, synthetic_batch=3, network_images=10)
-    expected, history = distill.idc(spec, model, real, MEAN, STD, 3)
-    found, other = distill.idc(spec.replace(compile=True), model, real, MEAN, STD, 3, form=form)
+    expected, history = learned(spec, model, real, MEAN, STD, 3)
+    found, other = learned(spec.replace(compile=True), model, real, MEAN, STD, 3, form=form)
     torch.testing.assert_close(found.images, expected.images, atol=2e-4, rtol=1e-3)
     assert other == pytest.approx(history, rel=1e-3)
     # whole batches of the network went through the compiled function, the last one of two images did not
@@ -162,7 +162,7 @@ def test_classes_are_matched_in_smaller_groups_when_memory_runs_out(monkeypatch)
 
         return call
 
-    matcher = Matcher(DistillSpec(), MODEL, form="vmap")
+    matcher = Matcher(IDCSpec(), MODEL, form="vmap")
     expected = matcher(params, buffers, x, s, [0, 1, 2])
     monkeypatch.setattr(matching, "_function", scarce)
     with pytest.warns(UserWarning, match="not enough memory to match 3 classes at once: 1 at a time from here on"):
@@ -188,7 +188,7 @@ def test_classes_are_matched_in_smaller_groups_when_memory_runs_out(monkeypatch)
 # --- which form ---
 def test_the_form_is_chosen_by_the_device_and_the_specification(monkeypatch):
     monkeypatch.setattr(matching, "can_compile", lambda: True)
-    plain, asks = DistillSpec(), DistillSpec(compile=True)
+    plain, asks = IDCSpec(), IDCSpec(compile=True)
     for spec, device, form, expected in (
         (plain, "cpu", "auto", ("loop", False)),
         (asks, "cpu", "auto", ("compiled", True)),
@@ -209,7 +209,7 @@ def test_wrong_arguments_are_refused(real):
     with pytest.raises(ValueError, match="form must be one of auto, loop, compiled, vmap; got 'fast'"):
         Matcher(QUICK, MODEL, form="fast")
     with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
-        distill.idc(QUICK, MODEL, real, MEAN, STD, 3, threads=0)
+        learned(QUICK, MODEL, real, MEAN, STD, 3, threads=0)
 
 
 # --- bits ---
@@ -269,7 +269,7 @@ def plain_idc(spec, model, real, seed):
 def test_the_bits_are_those_of_the_plain_loop_for_any_number_of_threads(real, change, model, threads):
     spec = QUICK.replace(outer=2, inner=3, network_images=10, **change)
     expected, history = plain_idc(spec, model, real, 3)
-    found, other = distill.idc(spec, model, real, MEAN, STD, 3, threads=threads)
+    found, other = learned(spec, model, real, MEAN, STD, 3, threads=threads)
     assert torch.equal(found.images, expected)
     assert other == history
 
@@ -278,7 +278,7 @@ def test_threads_give_back_the_setting_and_pass_on_errors(real, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        distill.idc(QUICK.replace(outer=1, inner=1), MODEL, real, MEAN, STD, 3, threads=2)
+        learned(QUICK.replace(outer=1, inner=1), MODEL, real, MEAN, STD, 3, threads=2)
         assert torch.get_num_threads() == 2
 
         def broken(*_):
@@ -286,7 +286,7 @@ def test_threads_give_back_the_setting_and_pass_on_errors(real, monkeypatch):
 
         monkeypatch.setattr(Matcher, "__call__", broken)
         with pytest.raises(RuntimeError, match="no memory left"):
-            distill.idc(QUICK.replace(outer=1, inner=1), MODEL, real, MEAN, STD, 3, threads=2)
+            learned(QUICK.replace(outer=1, inner=1), MODEL, real, MEAN, STD, 3, threads=2)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -297,9 +297,9 @@ def test_threads_give_back_the_setting_and_pass_on_errors(real, monkeypatch):
 @pytest.mark.parametrize("form", ["compiled", "vmap"])
 def test_compiled_code_agrees(real, form):
     spec = QUICK.replace(outer=2)
-    expected, history = distill.idc(spec, MODEL, real, MEAN, STD, 3)
+    expected, history = learned(spec, MODEL, real, MEAN, STD, 3)
     for threads in (2, 1):  # compiling while two threads want it comes first
-        found, other = distill.idc(spec.replace(compile=True), MODEL, real, MEAN, STD, 3, form=form, threads=threads)
+        found, other = learned(spec.replace(compile=True), MODEL, real, MEAN, STD, 3, form=form, threads=threads)
         torch.testing.assert_close(found.images, expected.images, atol=1e-3, rtol=1e-3)
         assert other == pytest.approx(history, rel=1e-3)
 
@@ -312,7 +312,7 @@ def test_a_step_that_cannot_be_compiled_is_computed_without(monkeypatch):
         raise InductorError("C++ compile error")
 
     params, buffers = small_network()
-    spec = DistillSpec(ipc=2, factor=1, real_batch=5)
+    spec = IDCSpec(ipc=2, factor=1, real_batch=5)
     real, synthetic = images(3, 5), images(3, 2, seed=4)
     expected = Matcher(spec, MODEL, form="loop")(params, buffers, real, synthetic, [0, 1, 2])
     monkeypatch.setattr(matching, "_function", lambda *what: unbuilt)

@@ -77,7 +77,7 @@ def test_conda_environment_names_the_same_pins():
 def test_core_dependencies_are_what_computing_needs():
     core = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
     assert core == {"torch", "torchvision", "numpy", "pandas", "pyyaml", "safetensors", "tqdm", "rich",
-                    "typer"}
+                    "typer", "diffusers"}
 
 
 def test_one_version_everywhere():

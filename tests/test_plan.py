@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from dpkit.data import DataSpec, load
+from dpkit.distill import METHODS
 from dpkit.models import ModelSpec, count_prunable
 from dpkit.prune import survivors
-from dpkit.stages import ARMS, CHAPTERS, FIELDS, Plan, Study, closure, load_study, parse_share, profiles
+from dpkit.stages import ARMS, CHAPTERS, FIELDS, FRAMES, Plan, Study, closure, load_study, parse_share, profiles
 
 IDENTITY = {"kind": "shapes", "train": 400, "test": 200, "shape": [3, 16, 16], "classes": 10, "sha256": "0" * 64}
 SMALL = {"width": 4, "epochs": 2, "rewind_epochs": 0.5, "rounds": 2, "at_rounds": (2,), "seeds": 1, "evaluation_seeds": 1}
@@ -61,7 +62,18 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"seeds": 0}, "seeds must be >= 1, got 0"),
     ("smoke", {"children": 1}, "children must be >= 2, a path needs two ends; got 1"),
     ("smoke", {"arms": "imp,rigl"}, "arms must be chosen from imp, ltr, distilled, random_real, random; got rigl"),
-    ("smoke", {"sets": "dm"}, "sets must be chosen from idc, idc_factor1, random_real, herding; got dm"),
+    ("smoke", {"sets": "gan"}, "sets must be chosen from idc, idc_factor1, dc, dsa, dm, mtt, generator, random_real, herding, "
+                               "k_center, el2n, and each with _soft; got gan"),
+    ("smoke", {"dm_steps": 0}, "dm_steps must be >= 1, got 0"), ("smoke", {"dc_lr": 0}, "dc_lr "),
+    ("smoke", {"mtt_student_steps": 0}, "mtt_student_steps must be >= 1, got 0"),
+    ("smoke", {"generator_width": 12}, "generator_width must be a multiple of 8, got 12"),
+    ("smoke", {"expert_epochs": 0}, "expert_epochs must be >= 1, got 0"),
+    ("smoke", {"soft_temperature": 0}, "soft_temperature must be > 0, got 0"),
+    ("smoke", {"distill_memory": -1}, "distill_memory must be >= 0, got -1"),
+    ("smoke", {"evaluation_archs": "resnet10"}, "evaluation_archs must be ARCH:WIDTH, each once; got 'resnet10'"),
+    ("smoke", {"evaluation_archs": "vgg:8"}, "arch must be one of"),
+    ("smoke", {"published": "idc=data.pt"}, "published must be NAME=FILE, "),
+    ("smoke", {"published": "data.pt"}, "published must be NAME=FILE, "),
     ("smoke", {"arms": "random", "plane_arms": "distilled"}, "plane_arms must be chosen from dense, random; got distilled"),
     ("smoke", {"at_rounds": "3"}, "at_rounds must lie in [1, 2], the rounds; got [3]"),
     ("smoke", {"at_rounds": ""}, "at_rounds must name at least one round"),
@@ -106,8 +118,13 @@ def test_settings_reach_the_specifications():
     train = study.train
     assert (train.lr, train.momentum, train.weight_decay, train.schedule) == (0.3, 0.8, 0.01, "onecycle")
     assert (train.precision, train.augment.operations, train.cutmix, train.batch_size) == ("bf16", "flip", 0.25, 32)
-    assert (study.distill(2).ipc, study.distill(2).lr, study.distill(2).real_batch) == (3, 0.04, 5)
-    assert study.distill(2, "random").factor == 1
+    idc = study.distill("idc", 2)
+    assert (idc.ipc, idc.factor, idc.lr, idc.real_batch) == (3, 2, 0.04, 5)
+    assert {study.distill(method).ipc for method in METHODS} == {3}
+    other = Study(dc_outer=4, dc_lr=0.2, dm_steps=7, dm_lr=3.0, mtt_steps=8, mtt_lr_img=5.0, generator_steps=9)
+    assert [(other.distill(m).outer, other.distill(m).lr) for m in ("dc", "dsa")] == [(4, 0.2)] * 2
+    assert (other.distill("dm").steps, other.distill("dm").lr) == (7, 3.0)
+    assert (other.distill("mtt").steps, other.distill("mtt").lr_img, other.distill("generator").steps) == (8, 5.0, 9)
     assert study.prune.scope == "weights"
     assert study.model(IDENTITY) == ModelSpec(width=16, image_size=16)
     assert study.replace(arch="resnet10").model(IDENTITY | {"shape": [3, 224, 224]}).stem == "imagenet"
@@ -117,19 +134,21 @@ def test_settings_reach_the_specifications():
 
 def test_sets_that_decode_into_fewer_images_take_as_many_steps():
     study = Study(set_epochs=50, factor=2, ipc=10, batch_size=20)
-    assert study.train_on_set(2).epochs == 50
-    assert study.train_on_set(1).epochs == 200
-    assert study.train_on_set(2).steps(400) == study.train_on_set(1).steps(100)
+    assert study.train_on_set(40).epochs == 50
+    assert study.train_on_set(10).epochs == 200
+    assert study.train_on_set(40).steps(400) == study.train_on_set(10).steps(100)
 
 
 # --- keys ---
 def test_a_plan_is_the_same_each_time_and_its_keys_are_distinct():
     one, other = plan(), plan()
-    for chapter in CHAPTERS:
-        assert [e.unit.key for e in one.chapter(chapter)] == [e.unit.key for e in other.chapter(chapter)]
-        places = [tuple(sorted(e.place.items())) for e in one.chapter(chapter)]
+    for frame in FRAMES:
+        rows, again = getattr(one, frame)(), getattr(other, frame)()
+        assert [e.unit.key for e in rows] == [e.unit.key for e in again]
+        places = [tuple(sorted(e.place.items())) for e in rows]
         assert len(set(places)) == len(places)
-        assert len({e.unit.key for e in one.chapter(chapter)}) == len(places)
+        if frame != "searches":  # arms start their searches from one dense network
+            assert len({e.unit.key for e in rows}) == len(places)
 
 
 def test_keys_do_not_depend_on_where_the_data_lie(tmp_path):
@@ -210,7 +229,8 @@ def test_children_share_their_start_and_differ_in_noise():
 def test_how_many_and_where():
     made = plan(seeds=3, children=3, at_rounds=(1, 2), evaluation_seeds=4)
     assert len(made.data()) == 3
-    assert len(made.distillation()) == 4 * 4 + 3
+    assert len(made.distillation()) == 4 * len(made.study.sets) + 3
+    assert made.transfer() == []
     places = 1 + len(ARMS) * 2
     assert len(made.tickets()) == places * 3 * 3
     assert len(made.connectivity()) == places * 3 * 3  # three pairs

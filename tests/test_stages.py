@@ -129,11 +129,11 @@ def test_small_sets_hold_their_recipe_and_train_what_follows(done):
         assert artifact.result["stored_images"] == 10
         assert artifact.result["training_images"] == len(read_set(artifact)) == 10 * factor**2
         recipe = artifact.result["recipe"]
-        assert recipe["train"] == made.study.train_on_set(factor).to_dict()
+        assert recipe["train"] == made.study.train_on_set(factor**2).to_dict()
         assert recipe["mean"] == data.load(made.study.data).mean.tolist()
         assert len(artifact.result["history"]) == (2 if name.startswith("idc") else 0)
     searched = store.get(made.searched("distilled", 0, 0).key)
-    assert searched.result["points"] == made.study.train_on_set(2).epochs * 40
+    assert searched.result["points"] == made.study.train_on_set(4).epochs * 40
 
 
 def test_measurements_fit_the_networks_that_they_measure(done):
@@ -183,7 +183,8 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("kind, after", [("network", 5), ("idc", 1)])
 def test_a_unit_stopped_in_the_middle_goes_on_from_its_checkpoint(done, store, monkeypatch, kind, after):
-    monkeypatch.setattr("dpkit.stages.make.CHECKPOINT_SECONDS", -1.0)
+    for room in ("make", "sets"):
+        monkeypatch.setattr(f"dpkit.stages.{room}.CHECKPOINT_SECONDS", -1.0)
     unit = plan().dense(0, "search") if kind == "network" else plan().small_set("idc", 0)
     steps = []
 
@@ -267,5 +268,5 @@ def test_stages_are_registered_under_the_names_that_are_stored():
     from dpkit.stages import STAGES
 
     assert {name: s.version for name, s in STAGES.items()} == dict.fromkeys(
-        ("distill", "network", "ticket", "path", "plane", "hessian"), 1)
+        ("distill", "published", "soften", "network", "ticket", "path", "plane", "hessian"), 1)
     assert STAGES["network"].many is make.train_many

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpkit import models, tree
+from dpkit import distill, models, tree
 from dpkit.data import AugmentSpec, Split
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec, fit
@@ -78,3 +78,10 @@ class Plain(nn.Module):
         for i in range(3):
             x = F.avg_pool2d(F.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(x))), 2)
         return self.classifier(x.flatten(1))
+
+
+def learned(spec, model, real, mean, std, seed, form="auto", **options):
+    """Images and history that a matching method learns: (split, history)."""
+    task = distill.Task(real=real, mean=mean, std=std, model=model, seed=seed, **options)
+    made = getattr(distill, spec.method)(spec, task, form)
+    return made.split, list(made.history)

@@ -13,7 +13,7 @@ import torch
 
 from dpkit import data, distill, models, project, stages, training, tree
 from dpkit.data import DataSpec, Split, normalise
-from dpkit.distill import DistillSpec, decode
+from dpkit.distill import IDCSpec, decode
 from dpkit.models import ModelSpec
 from dpkit.stages import forecast
 from dpkit.stages.run import POPULATION, SMALL
@@ -39,7 +39,7 @@ def cifar10() -> str:
 
 
 def idc(dataset: str | None = None, *, minutes: float = 15.0, device: str = "cuda", wanted: float = 0.65, seeds: int = 3,
-        model: Mapping[str, Any] | None = None, recipe: DistillSpec | None = None,
+        model: Mapping[str, Any] | None = None, recipe: IDCSpec | None = None,
         train: TrainSpec | None = None) -> dict[str, Any]:
     """Distil for two thirds of ``minutes``, train ``seeds`` networks on the result, and report minutes and mean test accuracy.
 
@@ -48,16 +48,17 @@ def idc(dataset: str | None = None, *, minutes: float = 15.0, device: str = "cud
     started = time.perf_counter()
     sets = data.load(DataSpec(dataset=dataset or cifar10()), project.data_folder())
     spec = ModelSpec(classes=sets.classes, image_size=sets.train.images.shape[-1], **(model or {"width": 128}))
-    recipe = recipe or DistillSpec(precision="bf16", compile=True)
+    recipe = recipe or IDCSpec(precision="bf16", compile=True)
     found: list[torch.Tensor] = []
 
-    def checkpoint(images: torch.Tensor, history: list[float]) -> None:
-        found[:] = [images]
+    def checkpoint(state: Mapping[str, torch.Tensor]) -> None:
+        found[:] = [state["images"]]
         if time.perf_counter() - started > 60 * minutes * 2 / 3:
             raise _Enough
 
     with suppress(_Enough):
-        distill.idc(recipe, spec, sets.train, sets.mean, sets.std, 0, checkpoint=checkpoint, device=device)
+        distill.idc(recipe, distill.Task(real=sets.train, mean=sets.mean, std=sets.std, model=spec, seed=0, device=device,
+                                         checkpoint=checkpoint))
     labels = torch.arange(spec.classes).repeat_interleave(recipe.ipc)
     small = decode(Split(found[0], labels), recipe.factor)
     train = train or TrainSpec(epochs=1000, precision="bf16", compile=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpkit import connectivity, distill, hessian, models, training, tree
 from dpkit.bench import reference
 from dpkit.data import Split, normalise
-from dpkit.distill import DistillSpec
+from dpkit.distill import IDCSpec
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec
 from dpkit.training.evaluation import evaluate_many
@@ -90,9 +90,10 @@ def match(model: dict, steps: int, ipc: int = 10, factor: int = 2, precision: st
           device: str = "cpu") -> Task:
     """``steps`` matching steps of all classes, without the training of the network in between."""
     spec = ModelSpec(**model)
-    recipe = DistillSpec(ipc=ipc, factor=factor, outer=1, inner=steps, network_images=0, precision=precision)
+    recipe = IDCSpec(ipc=ipc, factor=factor, outer=1, inner=steps, network_images=0, precision=precision)
     real = split_of(spec, spec.classes * max(recipe.real_batch, ipc * factor**2))
-    return lambda: distill.idc(recipe, spec, real, HALF, HALF, 0, device=device, form=form)
+    task = distill.Task(real=real, mean=HALF, std=HALF, model=spec, seed=0, device=device)
+    return lambda: distill.idc(recipe, task, form)
 
 
 def match_reference(model: dict, steps: int, ipc: int = 10, factor: int = 2, device: str = "cpu") -> Task:

@@ -60,8 +60,7 @@ def by_chapter(store, plan, device: str, workers: int) -> list[tuple[str, Any, d
 
     model, seen, found = Model.of(store, device), set(), []
     for name in stages.CHAPTERS:
-        entries = [*plan.chapter(name), *(plan.searches() if name == "tickets" else [])]
-        left = {k: u for k, u in stages.missing(store, [e.unit for e in entries]).items() if k not in seen}
+        left = {k: u for k, u in stages.missing(store, [e.unit for e in plan.chapter(name)]).items() if k not in seen}
         seen.update(left)
         found.append((name, forecast.of(store, left, device=device, workers=workers, small=SMALL, population=POPULATION,
                                         model=model), left))

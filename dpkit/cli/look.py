@@ -130,7 +130,7 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
     reason = "the store has none of them"
     try:
         plan, store = plan_of(profile, settings), open_store()
-        parts = {part: [(e.place, e.unit.key) for e in getattr(plan, part)()] for part in (*stages.CHAPTERS, "searches")}
+        parts = {part: [(e.place, e.unit.key) for e in getattr(plan, part)()] for part in stages.FRAMES}
         found = [n.record() for n in report.all_numbers(store, parts)]
         if found:
             return found
@@ -168,7 +168,7 @@ def store_pack(file: Path, profile: Annotated[str | None, typer.Option(help="onl
     store, keys = open_store(), None
     if profile:
         plan = plan_of(profile, settings_of(set))
-        wanted = stages.closure(e.unit for part in (*stages.CHAPTERS, "searches") for e in getattr(plan, part)())
+        wanted = stages.closure(e.unit for part in stages.FRAMES for e in getattr(plan, part)())
         keys = [k for k in wanted if store.has(k)]
     count = store.pack(file, keys)
     out.print(f"{count} artifacts in {file}, {file.stat().st_size / 1e6:.1f} MB")

@@ -74,8 +74,6 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
     device, plan = stages.choose_device(device), plan_of(profile, settings_of(set))
     units = [u for name in chapter or stages.CHAPTERS for u in plan.share(name, share)]
     store = open_store()  # after all that may be wrong: nothing is written then
-    if not chapter and share == "1/1":
-        units += [entry.unit for entry in plan.searches()]
     left = stages.missing(store, units)
     out.print(f"{len(stages.closure(units))} units, {len(left)} to make, device {device}")
     foresee.announce(store, foresee.of_units(store, left, device, workers))

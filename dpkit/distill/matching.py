@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models
-from dpkit.distill.spec import DistillSpec
+from dpkit.distill.spec import MatchingSpec
 from dpkit.training.gradient import can_compile
 from dpkit.tree import Buffers, Params
 
@@ -28,7 +28,7 @@ UNBUILT = ("InductorError", "BackendCompilerFailed", "CppCompileError")  # torch
 
 
 def distance(kind: str, a: Tensor, b: Tensor) -> Tensor:
-    """Distance of two gradients of one convolution weight (out, in, h, w): a scalar.
+    """Distance of two gradients of one weight, (out, in, h, w) or (out, in): a scalar.
 
     ``squared`` and ``l1`` sum over all entries; ``cosine`` is one minus the cosine, summed over output channels.
     """
@@ -39,9 +39,9 @@ def distance(kind: str, a: Tensor, b: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(a.flatten(1), b.flatten(1), dim=1)).sum()
 
 
-def matched_names(model: models.ModelSpec) -> tuple[str, ...]:
-    """The weights whose gradients are matched: convolutions, neither biases nor the classifier."""
-    return tuple(n for n in models.prunable(model) if n != f"{models.classifier_name(model)}.weight")
+def matched_names(model: models.ModelSpec, matched: str = "convolutions") -> tuple[str, ...]:
+    """The weights whose gradients are matched: of ``convolutions``, or all ``weights`` with the classifier's; never biases."""
+    return tuple(n for n in models.prunable(model) if matched == "weights" or n != f"{models.classifier_name(model)}.weight")
 
 
 def cross_entropy(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
@@ -53,24 +53,25 @@ def cross_entropy(model: models.ModelSpec, params: Params, buffers: Buffers, ima
 
 
 def gradient(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-             *, keep_graph: bool, precision: str = "fp32") -> list[Tensor]:
+             *, keep_graph: bool, precision: str = "fp32", matched: str = "convolutions") -> list[Tensor]:
     """Gradient of the mean cross-entropy with respect to the matched weights, in train mode."""
     loss = cross_entropy(model, params, buffers, images, labels, precision)
-    return list(torch.autograd.grad(loss, [params[n] for n in matched_names(model)], create_graph=keep_graph))
+    return list(torch.autograd.grad(loss, [params[n] for n in matched_names(model, matched)], create_graph=keep_graph))
 
 
-def matching_loss(spec: DistillSpec, model: models.ModelSpec, params: Params, buffers: Buffers, real: Tensor,
+def matching_loss(spec: MatchingSpec, model: models.ModelSpec, params: Params, buffers: Buffers, real: Tensor,
                   synthetic: Tensor, label: int) -> Tensor:
     """Distance between the gradients of real and synthetic normalised images of one class (equation 2): a scalar.
 
     Differentiable with respect to ``synthetic``; the real gradient is a constant. All of ``params`` must require gradients.
     """
-    def labels(images: Tensor) -> Tensor:
-        return torch.full((len(images),), label, device=images.device)
+    def found(images: Tensor, keep_graph: bool) -> list[Tensor]:
+        labels = torch.full((len(images),), label, device=images.device)
+        return gradient(model, params, buffers, images, labels, keep_graph=keep_graph, precision=spec.precision,
+                        matched=spec.matched)
 
-    target = gradient(model, params, buffers, real, labels(real), keep_graph=False, precision=spec.precision)
-    found = gradient(model, params, buffers, synthetic, labels(synthetic), keep_graph=True, precision=spec.precision)
-    return sum(distance(spec.distance, f, t) for f, t in zip(found, target, strict=True))
+    target = found(real, False)
+    return sum(distance(spec.distance, f, t) for f, t in zip(found(synthetic, True), target, strict=True))
 
 
 def class_gradient(kind: str, model: models.ModelSpec, precision: str, matched: Params, rest: Params, buffers: Buffers,
@@ -113,7 +114,8 @@ class Matcher:
     runs out of memory ``vmap`` takes half as many at a time from then on, and says so once.
     """
 
-    def __init__(self, spec: DistillSpec, model: models.ModelSpec, *, form: str = "auto", device: torch.device | str = "cpu"):
+    def __init__(self, spec: MatchingSpec, model: models.ModelSpec, *, form: str = "auto", device: torch.device | str = "cpu",
+                 at_once: int | None = None):
         if form not in ("auto", *FORMS):
             raise ValueError(f"form must be one of auto, {', '.join(FORMS)}; got {form!r}")
         compiled = form == "compiled" or spec.compile
@@ -122,8 +124,8 @@ class Matcher:
         if compiled and not can_compile():
             compiled, form = False, "vmap" if form == "vmap" else "loop"
         self.spec, self.model, self.form, self.compiled = spec, model, form, compiled and form != "loop"
-        self.names = frozenset(matched_names(model))
-        self.at_once: int | None = None  # classes in one pass of vmap; None: all that are given
+        self.names = frozenset(matched_names(model, spec.matched))
+        self.at_once = at_once  # classes in one pass of vmap; None: all that are given
 
     def groups(self, sizes: Sequence[int]) -> list[list[int]]:
         """The classes to give to one call, for real batches of these ``sizes``: in one group only classes of equal size."""

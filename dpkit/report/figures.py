@@ -37,7 +37,8 @@ def nothing(text: str = "nothing measured yet") -> Figure:
 
 def title(name: str) -> str:
     """How an arm or a set is called."""
-    return TITLES.get(name, name)
+    plain = name.removesuffix("_soft")
+    return TITLES.get(plain, plain) + (", soft labels" if plain != name else "")
 
 
 def sheet(images: np.ndarray, labels: Sequence[str], columns: int) -> Figure:

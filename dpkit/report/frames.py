@@ -12,7 +12,9 @@ from dpkit.store import Artifact, Store
 #: how the arms and sets are called in figures and tables
 TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound to early step",
           "distilled": "distilled pruning (IDC)", "random_real": "random real subset", "random": "random mask",
-          "idc": "IDC", "idc_factor1": "IDC, factor 1", "herding": "herding", "all_data": "all data"}
+          "idc": "IDC", "idc_factor1": "IDC, factor 1", "dc": "DC", "dsa": "DSA", "dm": "DM", "mtt": "MTT",
+          "generator": "diffusion model", "herding": "herding", "k_center": "k-center", "el2n": "EL2N, easiest",
+          "all_data": "all data"}
 
 
 #: what each stage measures: a frame has these columns even where nothing came out

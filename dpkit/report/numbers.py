@@ -114,8 +114,8 @@ Rows = Iterable[tuple[Mapping[str, Any], str]]
 
 def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """Every number that can be computed from what is in the store. chapters: (place, key) rows by chapter."""
-    makers = {"distillation": _distillation, "tickets": _tickets, "searches": _searches, "connectivity": _connectivity,
-              "landscape": _landscape, "hessian": _hessian}
+    makers = {"distillation": _distillation, "transfer": _transfer, "tickets": _tickets, "searches": _searches,
+              "connectivity": _connectivity, "landscape": _landscape, "hessian": _hessian}
     found: list[Number] = []
     for name, make in makers.items():
         table = frame(store, list(chapters.get(name, ())))
@@ -126,10 +126,25 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
 
 def _distillation(store: Store, table: pd.DataFrame) -> list[Number]:
     chapter = Collector(store, "distill", table.assign(accuracy=1 - table["error"]), "set")
+    names = [name for name, _ in chapter.places()]
+    for name in names:
+        chapter.add(name, 0, "accuracy", "accuracy")
+    for name in names:
+        if name not in ("random_real", "all_data"):
+            chapter.compare((name, 0), ("random_real", 0), "accuracy", "accuracy")
+        if f"{name}_soft" in names:
+            chapter.compare((f"{name}_soft", 0), (name, 0), "accuracy", "accuracy")
+    for other in ("idc_factor1", "herding"):
+        chapter.compare(("idc", 0), (other, 0), "accuracy", "accuracy")
+    return chapter.found
+
+
+def _transfer(store: Store, table: pd.DataFrame) -> list[Number]:
+    """The same on other architectures: ``distill.SET.ARCH.accuracy``."""
+    table = table.assign(accuracy=1 - table["error"], set=table["set"] + "." + table["arch"])
+    chapter = Collector(store, "distill", table, "set")
     for name, percent in chapter.places():
         chapter.add(name, percent, "accuracy", "accuracy")
-    for other in ("random_real", "idc_factor1", "herding"):
-        chapter.compare(("idc", 0), (other, 0), "accuracy", "accuracy")
     return chapter.found
 
 

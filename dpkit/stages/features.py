@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from dpkit.distill import METHODS, DMSpec, GeneratorSpec, MatchingSpec, MTTSpec
+from dpkit.distill import spec_of as distill_spec
 from dpkit.models import ModelSpec, forward_work
 from dpkit.models.network import family
 from dpkit.models.work import layer_work
@@ -112,7 +114,7 @@ def _operations(names: str) -> int:
 
 def set_images(distill: Mapping[str, Any], classes: int) -> int:
     """Training images that a small set decodes into."""
-    return distill["ipc"] * classes * distill["factor"] ** 2
+    return distill["ipc"] * classes * distill.get("factor", 1) ** 2
 
 
 def schedule(spec: Mapping[str, Any], parents: Specs) -> tuple[int, int, int]:
@@ -140,21 +142,56 @@ def _network(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 
 def _distill(spec: Mapping[str, Any], parents: Specs) -> Features:
-    asked, data, net = spec["distill"], spec["data"], sizes(model_of(spec))
-    if asked["method"] != "idc":
-        return Features("choose", {"unit": 1, "gflop": net.flops * data["train"] / 1e9 if asked["method"] == "herding" else 0.0})
-    steps, classes, image = asked["outer"] * asked["inner"], data["classes"], _pixels(data)
-    matched = min(asked["ipc"] * asked["factor"] ** 2, asked["synthetic_batch"])
-    passes = classes * (BACKWARD * asked["real_batch"] + TWICE * matched)
-    shown = min(asked["network_images"], data["train"])
-    operations = _operations(asked["augment"]["operations"])
+    asked, data, net = distill_spec(spec["distill"]), spec["data"], sizes(model_of(spec))
+    plain, image, classes = spec["distill"], _pixels(data), data["classes"]
+    if isinstance(asked, MatchingSpec):
+        return _matching(asked, spec)
+    if isinstance(asked, DMSpec):
+        seen = asked.steps * classes
+        passes = seen * (asked.real_batch + BACKWARD * asked.ipc)
+        pixels = seen * (asked.real_batch + asked.ipc) * _operations(asked.augment) * image / 1e6
+        return Features(f"dm/{_ways(plain)}", {"unit": 1, "step": asked.steps, "gflop": passes * net.flops / 1e9,
+                                               **_moved(model_of(spec), passes * net.moved * _itemsize(plain) / 1e9),
+                                               "augmented mpixel": pixels})
+    if isinstance(asked, MTTSpec):
+        passes = asked.steps * asked.student_steps * min(asked.batch or asked.ipc * classes, asked.ipc * classes) * TWICE
+        return Features("mtt", {"unit": 1, "step": asked.steps * asked.student_steps, "gflop": passes * net.flops / 1e9,
+                                **_moved(model_of(spec), 4 * passes * net.moved / 1e9)})
+    if isinstance(asked, GeneratorSpec):
+        # a U-Net's work grows with its width squared; sampling passes forward only
+        shown = asked.steps * asked.batch * BACKWARD + asked.sample_steps * asked.ipc * classes
+        return Features(f"generator/{_ways(plain)}", {"unit": 1, "step": asked.steps,
+                                                      "gflop": shown * asked.width**2 * image / 1e6})
+    passes = {"trained": 1, "early": sum(r.startswith("network") for r in parents)}.get(METHODS[asked.method].networks, 0)
+    return Features("choose", {"unit": 1, "gflop": passes * net.flops * data["train"] / 1e9})
+
+
+def _matching(asked: MatchingSpec, spec: Mapping[str, Any]) -> Features:
+    data, net, plain = spec["data"], sizes(model_of(spec)), spec["distill"]
+    steps, classes, image = asked.outer * asked.inner, data["classes"], _pixels(data)
+    passes = classes * (BACKWARD * asked.real_batch + TWICE * asked.shown)
+    on_real = asked.network_data == "real"
+    shown = min(asked.network_images, data["train"]) if on_real else set_images(plain, classes)
+    trained = (steps if on_real else steps - asked.outer) * asked.network_epochs
+    operations = _operations(asked.augment.operations)
+    changed = 5 if on_real else operations
     amounts = {"unit": 1, "step": steps, "gflop": steps * passes * net.flops / 1e9,
-               **_moved(model_of(spec), steps * passes * net.moved * _itemsize(asked) / 1e9),
-               "network step": steps * -(-shown // asked["network_batch"]),
-               "network gflop": steps * shown * BACKWARD * net.flops / 1e9,
-               "augmented mpixel": steps * image / 1e6 * (operations * classes * (asked["real_batch"] + matched) + 5 * shown)}
-    compiled = (canonical_json([spec["model"], asked["precision"], "match"]),) if asked.get("compile") else ()
-    return Features(f"idc/{_ways(asked)}", amounts, compiled)
+               **_moved(model_of(spec), steps * passes * net.moved * _itemsize(plain) / 1e9),
+               "network step": trained * -(-shown // asked.network_batch),
+               "network gflop": trained * shown * BACKWARD * net.flops / 1e9,
+               "augmented mpixel": image / 1e6 * (steps * operations * classes * (asked.real_batch + asked.shown)
+                                                  + trained * changed * shown)}
+    compiled = (canonical_json([spec["model"], asked.precision, "match"]),) if asked.compile else ()
+    return Features(f"idc/{_ways(plain)}", amounts, compiled)
+
+
+def _soften(spec: Mapping[str, Any], parents: Specs) -> Features:
+    images = set_images(spec["distill"], spec["data"]["classes"])
+    return Features("choose", {"unit": 1, "gflop": images * sizes(model_of(spec)).flops / 1e9})
+
+
+def _published(spec: Mapping[str, Any], parents: Specs) -> Features:
+    return Features("choose", {"unit": 1, "gflop": 0.0})
 
 
 def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
@@ -189,7 +226,8 @@ def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
                                                 **_moved(model_of(spec), total * net.moved * _itemsize(asked) / 1e9)})
 
 
-_FEATURES = {"network": _network, "distill": _distill, "ticket": _ticket, "path": _path, "plane": _plane, "hessian": _hessian}
+_FEATURES = {"network": _network, "distill": _distill, "soften": _soften, "published": _published,
+             "ticket": _ticket, "path": _path, "plane": _plane, "hessian": _hessian}
 
 
 def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:
@@ -219,8 +257,9 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
         numbers, tensors = whole * copies + 8 * spec["train"]["epochs"], net.tensors * copies
     elif stage == "ticket":
         numbers, tensors = whole + net.prunable, net.tensors + 10
-    elif stage == "distill":
+    elif stage in ("distill", "soften", "published"):
         numbers = spec["distill"]["ipc"] * data["classes"] * (4 * _pixels(data) + 8)
+        numbers += 4 * data["classes"] * set_images(spec["distill"], data["classes"]) * (stage == "soften")
     elif stage == "path":
         numbers = 24 * spec["path"]["points"]
     elif stage == "plane":
@@ -228,7 +267,7 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
     elif stage == "hessian":
         ticket = parents.get("ticket")
         numbers = 8 * net.prunable * ((1 - ticket["prune"]["fraction"]) ** ticket["round"] if ticket else 1)
-    history = 20 * spec["distill"]["outer"] if stage == "distill" and spec["distill"]["method"] == "idc" else 0
+    history = 20 * spec["distill"].get("outer", spec["distill"].get("steps", 0)) if stage == "distill" else 0
     description = 4000 + history
     return sum(math.ceil(part / BLOCK) * BLOCK for part in (numbers + 90 * tensors, description)) + BLOCK
 
@@ -256,12 +295,12 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         images, _, _ = schedule(spec, parents)
         batch = min(images, train["batch_size"]) * (kept * _itemsize(train) / 4 + 12 * pixels)
         needed = normalised + max(evaluated, batch * population) + weights * population * (6 + len(spec["snapshots"]))
-    elif stage == "distill" and spec["distill"]["method"] == "idc":
-        asked = spec["distill"]
-        matched = min(asked["ipc"] * asked["factor"] ** 2, asked["synthetic_batch"])
-        needed = normalised + kept * max(asked["real_batch"] + 4 * matched, asked["network_batch"]) + 6 * weights
     elif stage == "distill":
-        needed = normalised + (evaluated if spec["distill"]["method"] == "herding" else 0)
+        asked = distill_spec(spec["distill"])
+        # on a CPU class by class, but for MTT, which holds what it may
+        held = asked.held(data["classes"]) if isinstance(asked, MTTSpec) else asked.fewest(data["classes"])
+        evaluates = METHODS[asked.method].networks in ("trained", "early")
+        needed = normalised + kept * held + (evaluated if evaluates else 6 * weights)
     elif stage in ("path", "plane"):
         needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
     elif stage == "hessian":
@@ -270,3 +309,18 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         needed = 4 * kept * size * min(CHUNK, asked["images"]) + weights * (8 + asked["lanczos_steps"]) * size
     compiled = any(part.get("compile") for part in spec.values() if isinstance(part, Mapping))
     return BASE_MEMORY + loaded + needed + (COMPILER_MEMORY if compiled else 0)
+
+
+def image_memory(spec: Mapping[str, Any]) -> float:
+    """Bytes that a backward pass keeps for one image, with what the heap scatters."""
+    return 4 * SCATTER * sizes(model_of(spec)).activations
+
+
+def allowed_images(spec: Mapping[str, Any], bound: float) -> float:
+    """How many images' activations a distillation may hold so that its process stays within ``bound`` bytes; 0 or more.
+
+    What the process, the data set as it is and normalised, and the weights take comes first.
+    """
+    data, net = spec["data"], sizes(model_of(spec))
+    around = BASE_MEMORY + 5 * _pixels(data) * (data["train"] + data["test"]) + 24 * (net.parameters + net.buffers)
+    return max(0.0, (bound - around) / image_memory(spec))

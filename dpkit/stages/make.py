@@ -1,4 +1,4 @@
-"""Stages that make things: small sets, trained networks, tickets."""
+"""Stages that make networks: trained ones, and tickets."""
 from __future__ import annotations
 
 import time
@@ -8,18 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkit import distill, models, prune, training, tree
-from dpkit.data import Dataset, Split, normalise
-from dpkit.distill import DistillSpec
+from dpkit import models, prune, training, tree
+from dpkit.data import Dataset, Split, normalise, zca
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
 from dpkit.spec import canonical_json
+from dpkit.stages.sets import CHECKPOINT_SECONDS, network_of, read_set
 from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
 from dpkit.training import State, TrainSpec
 from dpkit.tree import Buffers, Params
-
-CHECKPOINT_SECONDS = 30.0
 
 
 def named(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -27,61 +25,9 @@ def named(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{group}/{name}": t for group, tensors in groups.items() for name, t in tensors.items()}
 
 
-def network_of(artifact: Artifact, prefix: str = "") -> tuple[Params, Buffers]:
-    """Parameters and buffers in an artifact (of a snapshot, with ``prefix`` ``"STEP/"``)."""
-    return artifact.group(f"{prefix}params"), artifact.group(f"{prefix}buffers")
-
-
 def initial(spec: Mapping[str, Any]) -> tuple[Params, Buffers]:
     """The network at initialisation that a unit's ``model`` and ``init_seed`` say."""
     return models.init(ModelSpec(**spec["model"]), tree.generator_for(spec["init_seed"], "init"))
-
-
-# --- small sets -----------------------------------------------------------------------------------------------------------
-@stage("distill", 1)
-def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
-    """Make a small set. Tensors: images, labels. Result: the recipe, sizes and the history of matching distances."""
-    spec = DistillSpec(**unit.spec["distill"])
-    dataset, model, seed = context.dataset(unit.data), ModelSpec(**unit.spec["model"]), unit.spec["seed"]
-    history: list[float] = []
-    if spec.method == "random":
-        split = distill.random(dataset.train, dataset.classes, spec.ipc, tree.generator_for(seed, "random"))
-    elif spec.method == "herding":
-        params, buffers = network_of(parents["network"])
-        images = normalise(dataset.train.images, dataset.mean, dataset.std)
-        with torch.no_grad():
-            features = torch.cat([models.features(model, params, buffers, x) for x in images.split(500)])
-        split = distill.herding(dataset.train, dataset.classes, spec.ipc, features)
-    else:
-        saved = context.store.load_partial(unit.key)
-        resume = (saved["images"], saved["history"].tolist()) if saved else None
-        if saved:
-            context.start_clock(float(saved.get("cpu_seconds", 0.0)))
-        last = time.monotonic()
-
-        def checkpoint(images: Tensor, values: list[float]) -> None:
-            nonlocal last
-            if time.monotonic() - last > CHECKPOINT_SECONDS:
-                context.store.save_partial(unit.key, {
-                    "images": images, "history": torch.tensor(values, dtype=torch.float64),
-                    "cpu_seconds": torch.tensor(context.cpu_seconds())})
-                last = time.monotonic()
-
-        try:
-            split, history = distill.idc(spec, model, dataset.train, dataset.mean, dataset.std, seed, resume=resume,
-                                         checkpoint=checkpoint, progress=context.step(unit), device=context.device)
-        except FloatingPointError as error:
-            return Output({}, {}, failed=str(error))
-    stored, factor = len(split), spec.factor
-    return Output({"images": split.images, "labels": split.labels, "mean": dataset.mean, "std": dataset.std},
-                  {"factor": factor, "stored_images": stored, "training_images": stored * factor**2,
-                   "history": history, "recipe": {"train": unit.spec["train"], "factor": factor,
-                                                  "mean": dataset.mean.tolist(), "std": dataset.std.tolist()}})
-
-
-def read_set(artifact: Artifact) -> Split:
-    """The decoded training images of a stored set."""
-    return distill.decode(Split(artifact.tensors["images"], artifact.tensors["labels"]), artifact.result["factor"])
 
 
 # --- networks -------------------------------------------------------------------------------------------------------------
@@ -96,7 +42,9 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
     """Train networks that share everything but start, mask and noise; see :func:`train_network`."""
     spec, dataset = units[0].spec, context.dataset(units[0].data)
     model, train = ModelSpec(**spec["model"]), TrainSpec(**spec["train"])
-    split = read_set(parents[0]["images"]) if "images" in parents[0] else dataset.train
+    split, mean, std = dataset.train, dataset.mean, dataset.std
+    if "images" in parents[0]:
+        split, train, mean, std = _small(parents[0]["images"], train, dataset)
     starts, kept = [], []
     for unit, family in zip(units, parents, strict=True):
         ticket = family.get("ticket")
@@ -109,11 +57,24 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
         if saved:
             context.start_clock(float(saved.get("cpu_seconds", 0.0)))
         checkpoint = _checkpointing(context, units[0])
-    fit = training.fit(train, model, split, dataset.mean, dataset.std, tree.stack([s[0] for s in starts]),
+    fit = training.fit(train, model, split, mean, std, tree.stack([s[0] for s in starts]),
                        tree.stack([s[1] for s in starts]), [unit.spec["noise_seed"] for unit in units],
                        masks=tree.stack(kept), first_step=spec["first_step"], snapshots=spec["snapshots"],
                        resume=resume, checkpoint=checkpoint, progress=context.step(units[0]), device=context.device)
-    return [_trained(context, dataset, model, train, len(split), fit, p) for p in range(len(units))]
+    test = dataset.test
+    if "images" in parents[0] and parents[0]["images"].result["recipe"].get("space") == "whitened":
+        test = zca.whiten(test, context.whitening(units[0].data))  # a network knows only what it was trained on
+    test = Split(normalise(test.images, mean, std), test.labels).to(context.device)
+    return [_trained(context, test, model, train, len(split), fit, p) for p in range(len(units))]
+
+
+def _small(images: Artifact, train: TrainSpec, dataset: Dataset) -> tuple[Split, TrainSpec, Tensor, Tensor]:
+    """A small set as training data: images, the training with what its recipe learned, and how to normalise it."""
+    recipe = images.result["recipe"]
+    mean, std = dataset.mean, dataset.std
+    if recipe.get("space") == "whitened":  # which it is instead
+        mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    return read_set(images), train.replace(**recipe.get("learned", {})), mean, std
 
 
 @stage("network", 1, many=train_many, group=_group)
@@ -126,7 +87,7 @@ def train_network(context: Context, unit: Unit, parents: Mapping[str, Artifact])
     return train_many(context, [unit], [parents])[0]
 
 
-def _trained(context: Context, dataset: Dataset, model: ModelSpec, train: TrainSpec, images: int, fit: training.Fit,
+def _trained(context: Context, test: Split, model: ModelSpec, train: TrainSpec, images: int, fit: training.Fit,
              p: int) -> Output:
     per_epoch = train.steps_per_epoch(images)
     steps = fit.losses.shape[1]
@@ -136,9 +97,8 @@ def _trained(context: Context, dataset: Dataset, model: ModelSpec, train: TrainS
         params, buffers = fit.network(p)
     except training.Diverged as error:
         return Output({}, {"steps": steps, "points": points}, failed=f"diverged at step {error.step}")
-    test = normalise(dataset.test.images, dataset.mean, dataset.std).to(context.device)
     on_device = tree.to(params, context.device), tree.to(buffers, context.device)
-    error, loss = training.evaluate(model, *on_device, test, dataset.test.labels.to(context.device))
+    error, loss = training.evaluate(model, *on_device, test.images, test.labels)
     tensors = named(params=params, buffers=buffers) | {"curve": torch.tensor(curve, dtype=torch.float64)}
     for step, (at_params, at_buffers) in fit.snapshots.items():
         tensors |= {f"{step}/{name}": t[p] for name, t in named(params=at_params, buffers=at_buffers).items()}

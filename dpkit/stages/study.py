@@ -1,30 +1,23 @@
 """The settings of a whole study: one flat list of parameters, and the specifications that follow from it.
 
-A profile (a small YAML file) gives some of them, ``--set`` and a notebook's parameters cell change some; the rest are the
-defaults here. This is the only place where a parameter's name turns into a specification.
+This is the only place where a parameter's name turns into a specification. Profiles: :mod:`dpkit.stages.profiles`.
 """
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dpkit.connectivity import PathSpec
 from dpkit.data import AugmentSpec, DataSpec
-from dpkit.distill import DistillSpec
+from dpkit.distill import METHODS, DMSpec, GeneratorSpec, IDCSpec, MethodSpec, MTTSpec
+from dpkit.distill.published import SPACES
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
-from dpkit.spec import Spec, parse
+from dpkit.spec import Spec
 from dpkit.training import TrainSpec
 
 #: what each arm searches its mask with, and whether it rewinds to an early step instead of initialisation
@@ -32,10 +25,16 @@ ARMS: dict[str, tuple[str, bool]] = {
     "imp": ("real", False),
     "ltr": ("real", True),
     "distilled": ("idc", False),
-    "random_real": ("random", False),
+    "random_real": ("random_real", False),
     "random": ("none", False),
 }
-SETS = ("idc", "idc_factor1", "random_real", "herding")
+#: the small sets by name: the method that makes each
+SETS: dict[str, str] = {"idc": "idc", "idc_factor1": "idc", "dc": "dc", "dsa": "dsa", "dm": "dm", "mtt": "mtt",
+                        "generator": "generator", "random_real": "random", "herding": "herding", "k_center": "k_center",
+                        "el2n": "el2n"}
+#: how the parameters of a method begin, where it is not with the method's name
+PREFIXES = {"idc": "distill", "dsa": "dc"}
+SOFT = "_soft"  # a set's name with this has a teacher's labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,20 @@ class Study(Spec):
 
     Data: dataset (see ``DataSpec``), train_images and test_images to keep (0: all), image_size of image folders. Network:
     arch, width. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined
-    by ``_``), cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile. Distillation: sets to
-    make and compare, ipc, factor, distill_* as in ``DistillSpec``. Training on small sets: set_epochs for IDC's decoded
-    images (other sets get as many steps), set_lr, set_augment, set_cutmix, evaluation_seeds. Pruning: arms, fraction, rounds,
-    at_rounds (the rounds whose tickets are trained and measured), rewind_epochs (what ``ltr`` rewinds to), scope. Measuring:
-    seeds (initialisations), children (per ticket), points on a path, statistics (BatchNorm on the way),
-    path_precision (of paths and planes), plane_arms,
-    plane_resolution, plane_images, hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
+    by ``_``), cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile.
+
+    Distillation: sets to make and compare (names of ``SETS``; with ``_soft`` behind it a set has a teacher's labels at
+    soft_temperature), published sets of others as ``NAME=FILE``, ``NAME=FILE@FACTOR`` or ``NAME=FILE@whitened``, ipc,
+    set_seeds (times that a learned set is made), and by method: factor and distill_* (IDC), dc_* (DC and DSA), dm_*, mtt_*,
+    generator_*, each as in its specification; expert_*: of the networks that MTT follows and that IDC's pool holds
+    (distill_pool of them; 0: fresh networks); el2n_networks. distill_memory: gigabytes that a distillation may take (0: no
+    bound). Training on small sets: set_epochs for IDC's decoded images (other sets get as many steps), set_lr, set_augment,
+    set_cutmix, evaluation_seeds, and evaluation_archs, other networks to train on them, as ``ARCH:WIDTH``.
+
+    Pruning: arms, fraction, rounds, at_rounds (the rounds whose tickets are trained and measured), rewind_epochs (what
+    ``ltr`` rewinds to), scope. Measuring: seeds (initialisations), children (per ticket), points on a path, statistics
+    (BatchNorm on the way), path_precision (of paths and planes), plane_arms, plane_resolution, plane_images, hessian_arms,
+    hessian_images, probes, lanczos_steps. run: seed of the whole study.
     """
 
     dataset: str = "shapes"
@@ -72,7 +78,10 @@ class Study(Spec):
     alternating_flip: bool = False
     precision: str = "fp32"
     compile: bool = False
-    sets: tuple[str, ...] = SETS
+    sets: tuple[str, ...] = tuple(SETS)
+    published: tuple[str, ...] = ()
+    soft_temperature: float = 1.0
+    set_seeds: int = 1
     ipc: int = 10
     factor: int = 2
     distill_outer: int = 20
@@ -83,11 +92,38 @@ class Study(Spec):
     distill_network_images: int = 256
     distill_precision: str = "fp32"
     distill_compile: bool = False
+    distill_pool: int = 0
+    distill_memory: float = 0.0
+    dc_outer: int = 10
+    dc_inner: int = 10
+    dc_lr: float = 0.1
+    dc_real_batch: int = 64
+    dc_network_epochs: int = 10
+    dm_steps: int = 200
+    dm_lr: float = 1.0
+    dm_real_batch: int = 64
+    mtt_steps: int = 100
+    mtt_lr_img: float = 1000.0
+    mtt_lr: float = 0.01
+    mtt_student_steps: int = 10
+    mtt_batch: int = 0
+    mtt_expert_epochs: int = 2
+    mtt_max_start_epoch: int = 4
+    expert_count: int = 4
+    expert_epochs: int = 10
+    expert_lr: float = 0.01
+    generator_steps: int = 500
+    generator_width: int = 16
+    generator_batch: int = 32
+    generator_lr: float = 1e-3
+    generator_ema: float = 0.998
+    el2n_networks: int = 3
     set_epochs: int = 100
     set_lr: float = 0.02
     set_augment: str = "color_crop_flip_scale_rotate"
     set_cutmix: float = 0.5
     evaluation_seeds: int = 5
+    evaluation_archs: tuple[str, ...] = ()
     arms: tuple[str, ...] = tuple(ARMS)
     fraction: float = 0.2
     rounds: int = 5
@@ -109,11 +145,14 @@ class Study(Spec):
     run: int = 0
 
     def check(self) -> None:
-        for name, allowed in (("arms", tuple(ARMS)), ("sets", SETS), ("plane_arms", ("dense", *self.arms)),
-                              ("hessian_arms", ("dense", *self.arms))):
+        known = (*SETS, *self.published_files)
+        for name, allowed in (("arms", tuple(ARMS)), ("sets", (*known, *(n + SOFT for n in known))),
+                              ("plane_arms", ("dense", *self.arms)), ("hessian_arms", ("dense", *self.arms))):
             unknown = [v for v in getattr(self, name) if v not in allowed]
-            self.require(not unknown, f"{name} must be chosen from {', '.join(allowed)}; got {', '.join(unknown)}")
-        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs"):
+            shown = [v for v in allowed if not v.endswith(SOFT)]
+            more = f", and each with {SOFT}" if len(shown) < len(allowed) else ""
+            self.require(not unknown, f"{name} must be chosen from {', '.join(shown)}{more}; got {', '.join(unknown)}")
+        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs", "set_seeds", "expert_count", "el2n_networks"):
             self.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         self.require(self.children >= 2, f"children must be >= 2, a path needs two ends; got {self.children}")
         self.require(bool(self.at_rounds), "at_rounds must name at least one round")
@@ -124,10 +163,18 @@ class Study(Spec):
         # each specification checks its own fields; what it calls them is put in the words of this file
         self.data, self.prune  # noqa: B018
         _checked(lambda: self.train, operations="augment")
-        _checked(lambda: self.distill(self.factor), **{name: f"distill_{name}" for name in (
-            "outer", "inner", "lr", "distance", "real_batch", "network_images", "precision")})
-        _checked(lambda: self.train_on_set(self.factor), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
+        for method in METHODS:
+            prefix = PREFIXES.get(method, method)
+            _checked(lambda method=method: self.distill(method, self.factor), **{name: f"{prefix}_{name}" for name in (
+                "outer", "inner", "lr", "distance", "real_batch", "network_images", "precision", "steps", "width", "batch",
+                "student_steps", "expert_epochs", "max_start_epoch", "lr_img", "network_epochs", "ema")})
+        _checked(lambda: self.experts, epochs="expert_epochs", lr="expert_lr", operations="set_augment")
+        _checked(lambda: self.train_on_set(self.ipc), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
+        self.require(self.soft_temperature > 0, f"soft_temperature must be > 0, got {self.soft_temperature:g}")
+        for name in ("distill_memory", "distill_pool"):
+            self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
         ModelSpec(arch=self.arch, width=self.width)
+        self.others  # noqa: B018
         _checked(lambda: PathSpec(points=self.points, precision=self.path_precision), precision="path_precision")
         _checked(lambda: PlaneSpec(resolution=self.plane_resolution, images=self.plane_images), resolution="plane_resolution",
                  images="plane_images")
@@ -149,21 +196,67 @@ class Study(Spec):
                          label_smoothing=self.label_smoothing, nesterov=self.nesterov,
                          alternating_flip=self.alternating_flip)
 
-    def train_on_set(self, factor: int) -> TrainSpec:
-        """Training on a small set. Sets that decode into fewer images get more epochs, so that all take as many steps."""
-        epochs = max(1, round(self.set_epochs * (self.factor / factor) ** 2))
+    def train_on_set(self, per_class: int) -> TrainSpec:
+        """Training on a small set of ``per_class`` decoded images a class: as many steps for every set as for IDC's."""
+        epochs = max(1, round(self.set_epochs * self.ipc * self.factor**2 / per_class))
         return TrainSpec(epochs=epochs, batch_size=self.batch_size, lr=self.set_lr, momentum=self.momentum,
                          weight_decay=self.weight_decay, precision=self.precision, compile=self.compile,
                          augment=AugmentSpec(operations=self.set_augment), cutmix=self.set_cutmix)
 
-    def distill(self, factor: int, method: str = "idc") -> DistillSpec:
-        """How a small set is made."""
-        if method != "idc":
-            return DistillSpec(method=method, ipc=self.ipc, factor=1)
-        return DistillSpec(ipc=self.ipc, factor=factor, outer=self.distill_outer, inner=self.distill_inner,
-                           lr=self.distill_lr, distance=self.distill_distance, real_batch=self.distill_real_batch,
+    def distill(self, method: str, factor: int = 1) -> MethodSpec:
+        """How a small set is made; ``factor`` is IDC's."""
+        common = {"ipc": self.ipc}
+        if method == "idc":
+            return IDCSpec(**common, factor=factor, outer=self.distill_outer, inner=self.distill_inner, lr=self.distill_lr,
+                           distance=self.distill_distance, real_batch=self.distill_real_batch,
                            network_images=self.distill_network_images, precision=self.distill_precision,
-                           compile=self.distill_compile)
+                           compile=self.distill_compile, networks="pool" if self.distill_pool else "fresh")
+        if method in ("dc", "dsa"):
+            return METHODS[method].spec(**common, outer=self.dc_outer, inner=self.dc_inner, lr=self.dc_lr,
+                                        real_batch=self.dc_real_batch, network_epochs=self.dc_network_epochs)
+        if method == "dm":
+            return DMSpec(**common, steps=self.dm_steps, lr=self.dm_lr, real_batch=self.dm_real_batch)
+        if method == "mtt":
+            return MTTSpec(**common, steps=self.mtt_steps, lr_img=self.mtt_lr_img, lr=self.mtt_lr, batch=self.mtt_batch,
+                           student_steps=self.mtt_student_steps, expert_epochs=self.mtt_expert_epochs,
+                           max_start_epoch=self.mtt_max_start_epoch)
+        if method == "generator":
+            return GeneratorSpec(**common, steps=self.generator_steps, width=self.generator_width, batch=self.generator_batch,
+                                 lr=self.generator_lr, ema=self.generator_ema)
+        return METHODS[method].spec(**common)
+
+    @property
+    def experts(self) -> TrainSpec:
+        """Training of MTT's experts, as published: plain SGD at a constant rate, augmented (arXiv 2203.11932, section 4)."""
+        return TrainSpec(epochs=self.expert_epochs, batch_size=self.batch_size, lr=self.expert_lr, momentum=0.0,
+                         weight_decay=0.0, schedule="constant", precision=self.precision, compile=self.compile,
+                         augment=AugmentSpec(operations=self.set_augment), cutmix=0.0)
+
+    @property
+    def published_files(self) -> dict[str, tuple[str, int, str]]:
+        """File, factor (0: not said) and space of published sets by the names that they are given here."""
+        found = {}
+        for word in self.published:
+            name, _, place = word.partition("=")
+            path, at, more = place.rpartition("@")
+            factor, space = int(more) if more.isdigit() else 0, more if more in SPACES else "auto"
+            good = name.isidentifier() and name not in SETS and name not in found and not name.endswith(SOFT)
+            self.require(good and bool(place) and (not at or factor >= 1 or space != "auto"),
+                         "published must be NAME=FILE, NAME=FILE@FACTOR or NAME=FILE@SPACE (space: "
+                         f"{', '.join(SPACES)}), each name once and not one of {', '.join(SETS)}; got {word!r}")
+            found[name] = path or place, factor, space
+        return found
+
+    @property
+    def others(self) -> dict[str, Study]:
+        """This study with each of the ``evaluation_archs``, by the architecture's name."""
+        found = {}
+        for word in self.evaluation_archs:
+            arch, _, width = word.partition(":")
+            self.require(width.isdigit() and arch not in found, f"evaluation_archs must be ARCH:WIDTH, each once; got {word!r}")
+            ModelSpec(arch=arch, width=int(width))
+            found[arch] = dataclasses.replace(self, arch=arch, width=int(width), evaluation_archs=())
+        return found
 
     @property
     def prune(self) -> PruneSpec:
@@ -186,58 +279,3 @@ def _checked(build: Callable[[], Any], **names: str) -> None:
     except ValueError as error:
         word, _, rest = str(error).partition(" ")
         raise ValueError(f"{names.get(word, word)} {rest}") from None
-
-
-FIELDS: dict[str, Any] = {name: kind for name, kind in typing.get_type_hints(Study).items()
-                          if name in {f.name for f in dataclasses.fields(Study)}}
-
-
-def unknown(kind: str, name: str, allowed: typing.Iterable[str]) -> ValueError:
-    """The error for a name that is not one of ``allowed``, with the nearest one that is."""
-    allowed = list(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(allowed)}"
-    return ValueError(f"unknown {kind} {name!r}; {hint}")
-
-
-@cache
-def profiles() -> dict[str, Path]:
-    """The profiles that come with the library, by name."""
-    folder = resources.files("dpkit") / "profiles"
-    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if str(f).endswith(".yml")}
-
-
-def read_profile(name: str) -> dict[str, Any]:
-    """The settings in a profile: a name that comes with the library, or the path of a YAML file."""
-    path = Path(name) if name.endswith((".yml", ".yaml")) else profiles().get(name)
-    if path is None:
-        raise unknown("profile", name, profiles())
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"profile file {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {name} is not readable YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"profile {name} must be a list of `name: value` lines")
-    return settings
-
-
-def load_study(profile: str, overrides: dict[str, Any] | None = None) -> Study:
-    """The study of a profile with some parameters changed; words are read as the declared types.
-
-    Where ``arms`` changes and plane_arms or hessian_arms do not, arms that are no longer there are not measured either.
-    Raises ``ValueError`` on an unknown profile or parameter, a wrong type or a value out of range.
-    """
-    settings: dict[str, Any] = {}
-    for source in (read_profile(profile), overrides or {}):
-        for name, value in source.items():
-            if name not in FIELDS:
-                raise unknown("parameter", str(name), FIELDS)
-            # YAML reads 1e-3 as a word, so words are parsed from files too
-            settings[name] = parse(name, value, FIELDS[name])
-        for name in ("plane_arms", "hessian_arms"):
-            if "arms" in source and name not in source:
-                before = settings.get(name, getattr(Study, name))
-                settings[name] = tuple(a for a in before if a in ("dense", *settings["arms"])) or ("dense",)
-    return Study(**settings)

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dpkit.data import Dataset, DataSpec, load
+from dpkit.data import Dataset, DataSpec, load, zca
+from dpkit.data.zca import Whitening
 from dpkit.store import Artifact, Store, key_for
 
 
@@ -18,7 +19,9 @@ from dpkit.store import Artifact, Store, key_for
 class Unit:
     """A stage, its specification and its parents. label: for people; cost: expected seconds by the shipped table.
 
-    data: where the images come from. It is not part of the key; their identity, in ``spec``, is.
+    data: where the images come from; file: where something published lies. They are not part of the key; the identity of
+    what is read, in ``spec``, is. held: how many images' activations a distillation may hold at once, None without a bound;
+    that changes no result beyond rounding, and so no key.
     """
 
     stage: str
@@ -27,6 +30,8 @@ class Unit:
     label: str = ""
     cost: float = 1.0
     data: DataSpec | None = None
+    file: str = ""
+    held: float | None = None
 
     @property
     def version(self) -> int:
@@ -90,6 +95,14 @@ class Context:
             _LOADED[key] = load(spec, self.data_root)
         return _LOADED[key]
 
+    def whitening(self, spec: DataSpec) -> Whitening:
+        """The ZCA whitening of a data set's training images, fitted once in a process."""
+        key = (spec, str(self.data_root))
+        if key not in _WHITENED:
+            _WHITENED.clear()
+            _WHITENED[key] = zca.fit(self.dataset(spec).train.images)
+        return _WHITENED[key]
+
     def step(self, unit: Unit) -> Callable[[int, int], None] | None:
         """A progress callback for one unit."""
         if self.progress is None:
@@ -98,6 +111,7 @@ class Context:
 
 
 _LOADED: dict[tuple[DataSpec, str], Dataset] = {}
+_WHITENED: dict[tuple[DataSpec, str], Whitening] = {}
 
 
 @dataclass(frozen=True)

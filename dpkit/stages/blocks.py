@@ -1,0 +1,221 @@
+"""The units that a study is built of: small sets, networks, tickets, each made from the study's settings on demand.
+
+Nothing is computed here: keys follow from specifications.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import Any
+
+from dpkit.distill import METHODS, check_factor, published
+from dpkit.distill import spec_of as distill_spec
+from dpkit.models import count_prunable
+from dpkit.prune import survivors
+from dpkit.stages.costs import shipped_seconds
+from dpkit.stages.features import allowed_images, image_memory
+from dpkit.stages.study import ARMS, SETS, SOFT, Study
+from dpkit.stages.unit import Unit
+from dpkit.tree import seed_for
+
+
+def _once(method):
+    """Build each unit of a plan once: a ticket reaches back to the dense network along two ways in every round."""
+    @wraps(method)
+    def remembered(self: Blocks, *place: int | str) -> Unit:
+        at = (method.__name__, *place)
+        if at not in self.memo:
+            self.memo[at] = method(self, *place)
+        return self.memo[at]
+
+    return remembered
+
+
+@dataclass
+class Blocks:
+    """The units of a study for one data set. identity: ``Dataset.identity``; see :func:`dpkit.data.load`."""
+
+    study: Study
+    identity: dict
+    memo: dict[tuple, Unit] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        # what does not fit the images is better found now than by a worker in an hour
+        self.study.model(self.identity)
+        check_factor(self.study.factor, min(self.identity["shape"][1:]))
+
+    # --- building blocks ------------------------------------------------------------------------------------------------
+    @cached_property
+    def model(self) -> dict:
+        """The network's specification as plain values."""
+        return self.study.model(self.identity).to_dict()
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Surviving weights after 0 .. rounds rounds."""
+        return survivors(count_prunable(self.study.model(self.identity)), self.study.fraction, self.study.rounds)
+
+    def percent(self, round: int) -> int:
+        """Sparsity after a round in whole percent, as in names of numbers."""
+        return round_half_up(100 * (1 - self.counts[round] / self.counts[0]))
+
+    @cached_property
+    def rewind_step(self) -> int:
+        """The step of the dense run that ``ltr`` rewinds to."""
+        return max(1, round(self.study.rewind_epochs * self.study.train.steps_per_epoch(self.identity["train"])))
+
+    def seed_at(self, *path: int | str) -> int:
+        """The seed of one piece of the study's randomness."""
+        return seed_for(self.study.run, *path)
+
+    def unit(self, stage: str, spec: dict, parents: dict[str, Unit], label: str) -> Unit:
+        """The unit, built once: equal requests give the same object. Its cost is in seconds of a known machine."""
+        unit = Unit(stage, spec, parents, label, data=self.study.data)
+        if (unit.key,) not in self.memo:
+            self.memo[unit.key,] = replace(unit, cost=shipped_seconds(unit))
+        return self.memo[unit.key,]
+
+    @_once
+    def small_set(self, name: str, seed: int) -> Unit:
+        """The small set ``name``: one of ``study.SETS`` or of the published ones, with ``_soft`` for a teacher's labels.
+
+        Learned sets are made ``set_seeds`` times, random ones for every seed, chosen ones once.
+        """
+        study = self.study
+        if name.endswith(SOFT):
+            hard = self.small_set(name.removesuffix(SOFT), seed)
+            spec = {"data": self.identity, "model": self.model, "temperature": study.soft_temperature,
+                    "distill": hard.spec["distill"]}
+            return self.unit("soften", spec, {"set": hard, "teacher": self.dense(0, "search")}, f"{hard.label}, soft labels")
+        if name in study.published_files:
+            return self._published(name)
+        method = SETS[name]
+        found = METHODS[method]
+        own = seed if method == "random" else seed % study.set_seeds if found.learned else 0
+        asked = study.distill(method, study.factor if name == "idc" else 1)
+        spec = {"data": self.identity, "model": self.model, "distill": asked.to_dict(),
+                "train": study.train_on_set(asked.ipc * asked.factor**2).to_dict(), "seed": self.seed_at("set", method, own)}
+        networks, times = self._networks_for("experts" if study.distill_pool and method == "idc" else found.networks)
+        if networks:
+            spec["times"] = times
+        more = f", seed {own}" if method == "random" or (found.learned and study.set_seeds > 1) else ""
+        return self._bounded(self.unit("distill", spec, networks, f"small set {name}{more}"))
+
+    def _bounded(self, unit: Unit) -> Unit:
+        """The unit within the study's memory bound; raises ``ValueError`` if it does not fit into that at all."""
+        if not self.study.distill_memory:
+            return unit
+        allowed = allowed_images(unit.spec, self.study.distill_memory * 1e9)
+        spec = distill_spec(unit.spec["distill"])
+        least = spec.fewest(self.identity["classes"])
+        if least > allowed:
+            need = (self.study.distill_memory * 1e9 + (least - allowed) * image_memory(unit.spec)) / 1e9
+            raise ValueError(f"distill_memory must be at least {need:.2f} gigabytes for {unit.label}, got "
+                             f"{self.study.distill_memory:g}; raise it, or lower {spec.lower()} or width")
+        return replace(unit, held=allowed)
+
+    def _networks_for(self, which: str) -> tuple[dict[str, Unit], list[int]]:
+        """Trained networks for a method by role, and the steps at which it sees them (-1: the end)."""
+        study = self.study
+        if which == "trained":
+            return {"network0": self.dense(0, "search")}, [-1]
+        if which == "early":
+            return {f"network{i}": self.dense(i, "search") for i in range(study.el2n_networks)}, [self.rewind_step]
+        if which == "experts":
+            per_epoch = study.experts.steps_per_epoch(self.identity["train"])
+            count = max(study.expert_count, study.distill_pool)
+            return ({f"network{i}": self.expert(i) for i in range(count)},
+                    [epoch * per_epoch for epoch in range(study.experts.epochs + 1)])
+        return {}, []
+
+    @_once
+    def expert(self, number: int) -> Unit:
+        """A network trained on real data for others to follow, kept at initialisation and after every epoch."""
+        train = self.study.experts
+        per_epoch = train.steps_per_epoch(self.identity["train"])
+        spec = {"data": self.identity, "model": self.model, "train": train.to_dict(), "init_seed": self.seed_at("expert", number),
+                "noise_seed": self.seed_at("expert noise", number), "first_step": 0,
+                "snapshots": [epoch * per_epoch for epoch in range(train.epochs + 1)]}
+        return self.unit("network", spec, {}, f"expert {number}")
+
+    def _published(self, name: str) -> Unit:
+        """A set that others published, known by what its file holds; raises ``ValueError`` where it does not fit this study."""
+        path, factor, space = self.study.published_files[name]
+        found = published.read(path, classes=self.identity["classes"], image_shape=tuple(self.identity["shape"]),
+                               factor=factor or 1, space=space)
+        if found.form == "idc" and not factor:
+            raise ValueError(f"published set {name} is in IDC's form, which does not say its factor; add it: {name}={path}@2")
+        known = published.authors_statistics(found.form, self.study.dataset)
+        spec = {"data": self.identity, "model": self.model, "published": found.identity(),
+                "statistics": [part.tolist() for part in known] if known else None,
+                "distill": {"method": "published", "ipc": found.ipc, "factor": found.factor},
+                "train": self.study.train_on_set(found.ipc * found.factor**2).to_dict()}
+        return replace(self.unit("published", spec, {}, f"published set {name}"), file=path)
+
+    def network(self, init: int, noise: int, label: str, *, images: Unit | None = None, ticket: Unit | None = None,
+                first_step: int = 0, snapshots: tuple[int, ...] = ()) -> Unit:
+        """A network trained on real data, or on the small set ``images``."""
+        study = self.study
+        train = study.train
+        if images is not None:
+            asked = images.spec["distill"]
+            train = study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
+        parents = {name: u for name, u in (("images", images), ("ticket", ticket)) if u is not None}
+        spec = {"data": self.identity, "model": self.model, "train": train.to_dict(), "init_seed": self.seed_at("init", init),
+                "noise_seed": noise, "first_step": first_step, "snapshots": list(snapshots)}
+        return self.unit("network", spec, parents, label)
+
+    @_once
+    def dense(self, init: int, role: str, child: int = 0) -> Unit:
+        """A dense network trained on real data: the one that searches start with, or a child."""
+        noise = self.seed_at("search", init) if role == "search" else self.seed_at("child", init, child)
+        kept = (self.rewind_step,) if role == "search" else ()
+        name = "search" if role == "search" else f"child {child}"
+        return self.network(init, noise, f"dense network {init}, {name}", snapshots=kept)
+
+    @_once
+    def searched(self, arm: str, init: int, round: int) -> Unit:
+        """The network whose magnitudes decide the mask of round ``round + 1``."""
+        source, rewound = ARMS[arm]
+        ticket = self.ticket(arm, init, round) if round else None
+        if source == "real":
+            if round == 0:
+                return self.dense(init, "search")
+            return self.network(init, self.seed_at("search", init), f"{arm} search {init}, round {round}", ticket=ticket,
+                                 first_step=self.rewind_step if rewound else 0)
+        images = self.small_set(source, init)
+        return self.network(init, self.seed_at("search", init), f"{arm} search {init}, round {round}", images=images,
+                             ticket=ticket)
+
+    @_once
+    def ticket(self, arm: str, init: int, round: int) -> Unit:
+        """The subnetwork of an arm after ``round`` rounds, from 1."""
+        study, (source, rewound) = self.study, ARMS[arm]
+        spec: dict[str, Any] = {"prune": study.prune.to_dict() | {"rounds": 0}, "model": self.model, "round": round,
+                                "init_seed": self.seed_at("init", init)}
+        spec["prune"] = {k: v for k, v in spec["prune"].items() if k != "rounds"}
+        parents: dict[str, Unit] = {}
+        if source == "none":
+            spec["mask_seed"] = self.seed_at("mask", init)
+        else:
+            parents["network"] = self.searched(arm, init, round - 1)
+            if round > 1:
+                parents["previous"] = self.ticket(arm, init, round - 1)
+            if rewound:
+                parents["start"] = self.dense(init, "search")
+                spec["rewind_step"] = self.rewind_step
+        return self.unit("ticket", spec, parents, f"{arm} ticket {init}, round {round}")
+
+    @_once
+    def child(self, arm: str, init: int, round: int, child: int) -> Unit:
+        """Child ``child`` of a ticket (of the dense network for arm ``dense``, round 0), trained on real data."""
+        if arm == "dense":
+            return self.dense(init, "child", child)
+        first = self.rewind_step if ARMS[arm][1] else 0
+        return self.network(init, self.seed_at("child", init, child), f"{arm} {init}, round {round}, child {child}",
+                             ticket=self.ticket(arm, init, round), first_step=first)
+
+
+def round_half_up(value: float) -> int:
+    """The nearest whole number; halves go up, so names of numbers do not depend on the parity rule."""
+    return int(value + 0.5)
