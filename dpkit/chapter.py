@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 
-from dpkit import data, project, report, stages
+from dpkit import data, distill, project, report, stages
 from dpkit.progress import observer
 from dpkit.stages import Entry, Plan, Study
-from dpkit.store import Store
+from dpkit.store import Artifact, Store
 
 
 class Chapter:
@@ -73,6 +75,49 @@ class Chapter:
         return [(place, self.store.get(key).tensors) for place, key in self.rows(part)
                 if self.store.has(key) and not self.store.get(key).failed]
 
+    # --- small sets ---------------------------------------------------------------------------------------------------
+    def small_set(self, name: str, seed: int = 0) -> Artifact | None:
+        """The small set ``name`` as one seed has it; None where the study has none, it is not made yet, or it failed."""
+        if name not in self.study.sets:
+            return None
+        key = self.plan.small_set(name, seed).key
+        return self.store.get(key) if self.store.has(key) and not self.store.get(key).failed else None
+
+    def set_rows(self) -> list[tuple[dict[str, Any], str]]:
+        """(place, key) of each small set, once for each time that it is made."""
+        rows = {}
+        for name in self.study.sets:
+            for seed in range(self.study.evaluation_seeds):
+                rows.setdefault(self.plan.small_set(name, seed).key, {"set": name, "seed": seed})
+        return [(place, key) for key, place in rows.items()]
+
+    def asked(self) -> dict[str, distill.MethodSpec]:
+        """What each small set of the study was asked for, by name; what others published is left out."""
+        specs = {name: self.plan.small_set(name, 0).spec["distill"] for name in self.study.sets}
+        return {name: distill.spec_of(spec) for name, spec in specs.items() if spec["method"] in distill.METHODS}
+
+    def pictures(self, name: str, what: str = "images", classes: int = 0, count: int = 0) -> np.ndarray | None:
+        """Stored images of a set, (classes * count, H, W, 3) float in [0, 1], class after class; None where there are none.
+
+        what: ``images``, or ``before``, what a learned set started from. classes, count: how many, evenly spaced classes and the
+        first images of each (0: all). Values outside [0, 1] are cut; whitened images are stretched to it.
+        """
+        found = self.small_set(name)
+        if found is None or what not in found.tensors:
+            return None
+        images, labels = found.tensors[what].float(), found.tensors["labels"]
+        total = self.dataset.classes
+        chosen = [i * total // classes for i in range(min(classes, total))] if classes else range(total)
+        places = [(labels == c).nonzero()[:, 0] for c in chosen]
+        each = min([len(p) for p in places] + ([count] if count else []))
+        shown = images[torch.cat([p[:each] for p in places])]
+        if found.result["recipe"].get("space") == "whitened":
+            low, high = np.quantile(shown.numpy(), (0.01, 0.99))
+            shown = (shown - low) / max(float(high - low), 1e-6)
+        pixels = shown.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        return pixels.repeat(3, axis=3) if pixels.shape[3] == 1 else pixels
+
+    # --- numbers ------------------------------------------------------------------------------------------------------
     @cached_property
     def numbers(self) -> dict[str, report.Number]:
         """All numbers of the study that can be computed from the store, by name."""
@@ -83,6 +128,16 @@ class Chapter:
         """A number as text, with interval and n; ``not measured`` when there is none."""
         found = self.numbers.get(name)
         return report.number_text(found.record()) if found else "not measured"
+
+    def sign(self, name: str) -> str:
+        """What the interval of a difference says: ``higher``, ``lower``, ``not decided`` (it holds zero, or there is none as n is
+        1), or ``not measured``."""
+        found = self.numbers.get(name)
+        if found is None:
+            return "not measured"
+        if found.low is None or found.low <= 0 <= found.high:
+            return "not decided"
+        return "higher" if found.low > 0 else "lower"
 
     @property
     def highest(self) -> int:

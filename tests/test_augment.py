@@ -292,3 +292,22 @@ def test_mixes_of_many_batches_are_pasted_alike_in_both_ways():
     joined = Mix.join(parts)
     edges = torch.tensor([box[1:] for box in joined.boxes]).T.repeat_interleave(torch.tensor(sizes), 1)
     assert torch.equal(_paste_at_once(x, joined.order, joined, edges), images), "the form for a GPU"
+
+
+def test_one_operation_alone_is_applied_to_each_row():
+    spec = AugmentSpec(single=True, operations="color_crop_cutout_flip_scale_rotate")
+    count = 6000
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).expand(count, -1, -1, -1)
+    rows = draw(spec, count, torch.Generator().manual_seed(1))
+    plain = draw(spec.replace(operations=""), count, torch.Generator().manual_seed(1))
+    colour = rows.brightness != 0
+    geometric = (rows.affine != plain.affine).flatten(1).any(1)
+    hole = rows.hole[:, 0] >= 0
+    assert not (colour & geometric).any()
+    assert not (colour & hole).any()
+    assert not (geometric & hole).any()
+    for found in (colour, hole):
+        assert abs(float(found.float().mean()) - 1 / 6) < 0.02  # each with the same chance
+    untouched = (apply(spec, x, rows) == x).flatten(1).all(1)
+    assert abs(float((untouched & ~colour & ~geometric & ~hole).float().mean()) - 1 / 12) < 0.02  # flips that did not happen
+    assert "single" not in AugmentSpec().to_dict()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpkit import __version__
-from dpkit.cli import look, make, timing
+from dpkit.cli import distil, look, make, timing
 from dpkit.cli.shared import open_store, out, plan_of, settings_of
 
 __all__ = ["app", "joined", "main", "open_store", "plan_of", "settings_of"]
@@ -23,6 +23,7 @@ so a command that is stopped continues, and what exists is never computed again.
   dpkit study --profile quick                               all notebooks, as `make book` does
   dpkit run 03-tickets -p width 24 -p rounds 3              one notebook with other parameters
   dpkit compute --profile cifar10-small --device cuda       the same artifacts without notebooks
+  dpkit distill make idc --profile quick                    one small set and its accuracy; also import, export, list
   dpkit numbers --profile quick                             every number with n and interval
   dpkit lineage tickets.imp.accuracy@67 --profile quick     where a number comes from
 """
@@ -35,6 +36,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty
 app.add_typer(make.app)
 app.add_typer(look.app)
 app.add_typer(timing.app)
+app.add_typer(distil.app, name="distill", help="One small set at a time: make, import, export, list.")
 
 
 def _version(value: bool) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkit.spec import Spec
+from dpkit.spec import Spec, later
 
 COLOUR = ("color", "flip")
 GEOMETRIC = ("crop", "scale", "rotate")
@@ -31,7 +31,8 @@ class AugmentSpec(Spec):
     flip: probability. brightness: width of the uniform shift, in standard deviations. saturation, contrast: factors are
     drawn from 1 +- saturation / 2 and 1 +- contrast. crop: largest shift, as a share of the side. scale: factors between
     1 / scale and scale for each axis. rotate: largest angle in degrees. cutout: side of the erased square, as a share.
-    Of crop, scale and rotate, those named, one is drawn for each row; the others named are always applied.
+    Of crop, scale and rotate, those named, one is drawn for each row; the others named are always applied (IDC's form of DSA).
+    single: of all those named one alone is drawn for each row, as DSA has it (``aug_mode`` S in its authors' code).
     """
 
     operations: str = "color_crop_flip_scale_rotate"
@@ -43,6 +44,7 @@ class AugmentSpec(Spec):
     scale: float = 1.2
     rotate: float = 15.0
     cutout: float = 0.5
+    single: bool = later(False, before=False)
 
     def check(self) -> None:
         unknown = [name for name in self.names if name not in OPERATIONS]
@@ -61,7 +63,8 @@ class AugmentSpec(Spec):
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers of n rows; every tensor is (n,) float32 except ``affine`` (n, 2, 3) and ``hole`` (n, 2) in [0, 1)."""
+    """Random numbers of n rows; every tensor is (n,) float32 except ``affine`` (n, 2, 3) and ``hole`` (n, 2) in [0, 1), or
+    -1 where there is no hole."""
 
     brightness: Tensor
     saturation: Tensor
@@ -93,35 +96,30 @@ def draw(spec: AugmentSpec, count: int, generator: torch.Generator) -> Draw:
 
 def table(spec: AugmentSpec, uniform: Tensor) -> Draw:
     """What the random numbers of :func:`uniforms` (n, 12) mean under ``spec``: n rows."""
-    count = len(uniform)
-    signed = uniform * 2 - 1
-    names = spec.names
-    angle, sx, sy = torch.zeros(count), torch.ones(count), torch.ones(count)
-    tx, ty = torch.zeros(count), torch.zeros(count)
-    geometric = [name for name in GEOMETRIC if name in names]
-    if geometric:
-        choice = (uniform[:, 0] * len(geometric)).long()
-        for index, name in enumerate(geometric):
-            chosen = choice == index
-            if name == "rotate":
-                angle = torch.where(chosen, signed[:, 1] * math.radians(spec.rotate), angle)
-            elif name == "scale":
-                low, high = 1 / spec.scale, spec.scale
-                sx = torch.where(chosen, low + uniform[:, 2] * (high - low), sx)
-                sy = torch.where(chosen, low + uniform[:, 3] * (high - low), sy)
-            else:
-                tx = torch.where(chosen, signed[:, 4] * spec.crop, tx)
-                ty = torch.where(chosen, signed[:, 5] * spec.crop, ty)
-    mirror = torch.where(uniform[:, 6] < spec.flip, -1.0, 1.0) if "flip" in names else torch.ones(count)
+    count, signed, drawn = len(uniform), uniform * 2 - 1, _drawn(spec, uniform[:, 0])
+    angle = torch.where(drawn["rotate"], signed[:, 1] * math.radians(spec.rotate), 0.0)
+    low, high = 1 / spec.scale, spec.scale
+    sx, sy = (torch.where(drawn["scale"], low + uniform[:, i] * (high - low), 1.0) for i in (2, 3))
+    tx, ty = (torch.where(drawn["crop"], signed[:, i] * spec.crop, 0.0) for i in (4, 5))
+    mirror = torch.where(drawn["flip"] & (uniform[:, 6] < spec.flip), -1.0, 1.0)
     cos, sin = torch.cos(angle), torch.sin(angle)
     # shifts are shares of the side here; apply() rounds them to whole pixels
     affine = torch.stack([torch.stack([mirror * sx * cos, -sx * sin, tx], 1),
                           torch.stack([mirror * sy * sin, sy * cos, ty], 1)], 1)
-    colour = float("color" in names)
-    return Draw(brightness=colour * spec.brightness * signed[:, 7] / 2,
-                saturation=1 + colour * spec.saturation * signed[:, 8] / 2,
-                contrast=1 + colour * spec.contrast * signed[:, 9],
-                affine=affine, hole=uniform[:, 10:12])
+    colour = drawn["color"].float()
+    hole = torch.where(drawn["cutout"][:, None], uniform[:, 10:12], -torch.ones(count, 2))
+    return Draw(brightness=colour * (spec.brightness * signed[:, 7] / 2),
+                saturation=1 + colour * (spec.saturation * signed[:, 8] / 2),
+                contrast=1 + colour * (spec.contrast * signed[:, 9]), affine=affine, hole=hole)
+
+
+def _drawn(spec: AugmentSpec, uniform: Tensor) -> dict[str, Tensor]:
+    """For each operation the rows (n,) bool that it is applied to."""
+    never, always = torch.zeros(len(uniform), dtype=torch.bool), torch.ones(len(uniform), dtype=torch.bool)
+    found = {name: always if name in spec.names else never for name in OPERATIONS}
+    one_of = [name for name in (OPERATIONS if spec.single else GEOMETRIC) if name in spec.names]
+    choice = (uniform * len(one_of)).long()
+    return found | {name: choice == index for index, name in enumerate(one_of)}
 
 
 def apply(spec: AugmentSpec, images: Tensor, rows: Draw) -> Tensor:

@@ -2,8 +2,7 @@
 
 No network is trained: each step draws a new one, and moves the images of each class so that the mean of their embeddings comes
 nearer to that of real images. The images are optimised as the networks see them, normalised, and are not clamped, as published.
-Departure: the augmentation is this project's (:mod:`dpkit.data.augment`), which applies colour, flip, cutout and one of crop,
-scale and rotate together, where the published code draws one operation of all for each class and step.
+The augmentation is DSA's, one operation drawn for each class and step.
 """
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ class DMSpec(MethodSpec):
     @property
     def augmentation(self) -> AugmentSpec:
         """What ``augment`` says, with the project's amounts."""
-        return AugmentSpec(operations=self.augment)
+        return AugmentSpec(operations=self.augment, single=True)
 
     def held(self, classes: int) -> float:
         return classes * self.fewest(classes)

@@ -8,8 +8,8 @@ them, normalised (no ZCA), and are not clamped, as published.
 The gradient is written out step by step (the adjoint of gradient descent) instead of leaving one graph of all steps to autograd:
 each step then is a graph of its own, which is either kept from the way there or built again on the way back, with the same bits.
 
-Departure: the augmentation is this project's, which applies colour, flip, cutout and one of crop, scale and rotate together; the
-published code draws one operation of all. Experts are drawn at random, as there when all are in memory.
+The augmentation is DSA's; departure: one operation is drawn for each image, in the published code for each batch. Experts are
+drawn at random, as there when all are in memory.
 """
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class MTTSpec(MethodSpec):
     @property
     def augmentation(self) -> AugmentSpec:
         """What ``augment`` says, with the project's amounts."""
-        return AugmentSpec(operations=self.augment)
+        return AugmentSpec(operations=self.augment, single=True)
 
     @property
     def epochs(self) -> int:

@@ -10,10 +10,16 @@ from matplotlib.figure import Figure
 
 from dpkit.report.frames import TITLES, summary
 
-#: one colour an arm or set everywhere (Okabe and Ito 2008: told apart by colour-blind readers)
+#: one colour an arm or set everywhere: those of Okabe and Ito (2008), told apart by colour-blind readers, and shades of them.
+#: Learned sets differ in hue, chosen ones are green or grey
 COLOURS = {"dense": "#000000", "all_data": "#000000", "imp": "#0072B2", "ltr": "#56B4E9", "distilled": "#D55E00",
-           "idc": "#D55E00", "idc_factor1": "#E69F00", "random_real": "#009E73", "herding": "#CC79A7", "random": "#8C8C8C"}
-MARKERS = {"dense": "s", "imp": "o", "ltr": "^", "distilled": "D", "random_real": "v", "random": "x"}
+           "random": "#8C8C8C", "idc": "#D55E00", "idc_factor1": "#E69F00", "dc": "#56B4E9", "dsa": "#0072B2", "dm": "#CC79A7",
+           "mtt": "#5B1F4A", "generator": "#F0E442", "random_real": "#009E73", "herding": "#00513B", "k_center": "#9ADBC5",
+           "el2n": "#8A8F94"}
+MARKERS = {"dense": "s", "imp": "o", "ltr": "^", "distilled": "D", "random_real": "v", "random": "x", "all_data": "s",
+           "idc": "D", "idc_factor1": "d", "dc": "o", "dsa": "^", "dm": "P", "mtt": "X", "generator": "*", "herding": "<",
+           "k_center": ">", "el2n": "p"}
+OTHER = "#777777"  # of what others published
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.bbox": "tight",
          # without a salt the SVG's identifiers differ from run to run
@@ -41,16 +47,49 @@ def title(name: str) -> str:
     return TITLES.get(plain, plain) + (", soft labels" if plain != name else "")
 
 
+def colour(name: str) -> str:
+    """The colour of an arm or a set; soft labels have their set's."""
+    return COLOURS.get(name.removesuffix("_soft"), OTHER)
+
+
 def sheet(images: np.ndarray, labels: Sequence[str], columns: int) -> Figure:
     """Images (N, H, W, 3) in [0, 1] as a sheet of ``columns`` columns; one row a label."""
     rows = len(images) // columns
+    figure, axes = new(min(7.5, 0.55 * columns + 1.2), min(7.5, 0.55 * rows + 0.2))
+    _rows_of_images(axes, images, labels, columns)
+    return figure
+
+
+def panels(blocks: Mapping[str, np.ndarray], labels: Sequence[str], columns: int = 4) -> Figure:
+    """Images (N, H, W, 3) in [0, 1] of several sets side by side, a panel a title, in each one row a label.
+
+    columns: panels in a row; the labels stand at the first of them.
+    """
+    if not blocks:
+        return nothing("nothing made yet")
+    rows, each = -(-len(blocks) // columns), max(1, len(labels))
+    count, height, width = next(iter(blocks.values())).shape[:3]
+    across = 6.4 / columns
+    figure, axes = new(7.4, rows * (across * each * height / (max(1, count // each) * width) + 0.36), columns=columns, rows=rows,
+                       squeeze=False)
+    for place, panel in enumerate(axes.flat):
+        panel.axis("off")
+        if place < len(blocks):
+            name, images = list(blocks.items())[place]
+            panel.axis("on")
+            _rows_of_images(panel, images, labels if place % columns == 0 else [""] * len(labels), len(images) // each)
+            panel.set_title(name, fontsize=9)
+            panel.tick_params(labelsize=8)
+    return figure
+
+
+def _rows_of_images(axes, images: np.ndarray, labels: Sequence[str], columns: int) -> None:
+    rows, pad = len(images) // columns, 1
     height, width = images.shape[1:3]
-    pad = 1
     canvas = np.ones((rows * (height + pad) - pad, columns * (width + pad) - pad, 3))
     for i in range(rows * columns):
         r, c = divmod(i, columns)
         canvas[r * (height + pad):r * (height + pad) + height, c * (width + pad):c * (width + pad) + width] = images[i]
-    figure, axes = new(min(7.5, 0.55 * columns + 1.2), min(7.5, 0.55 * rows + 0.2))
     axes.imshow(canvas.clip(0, 1), interpolation="nearest")
     axes.grid(False)
     axes.set_xticks([])
@@ -58,7 +97,6 @@ def sheet(images: np.ndarray, labels: Sequence[str], columns: int) -> Figure:
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    return figure
 
 
 def learning_curves(table: pd.DataFrame) -> Figure:
@@ -82,8 +120,8 @@ def bars(table: pd.DataFrame, by: str, column: str, label: str) -> Figure:
         return nothing("no network has a result")
     figure, axes = new(6.5, 0.5 * len(stats) + 1.0)
     place = np.arange(len(stats))[::-1]
-    axes.barh(place, 100 * stats["mean"], color=[COLOURS.get(n, "#777777") for n in stats[by]], alpha=0.75, height=0.6)
-    _whiskers(axes, 100 * stats["mean"], place, 100 * stats["low"], 100 * stats["high"], horizontal=True)
+    axes.barh(place, 100 * stats["mean"], color=[colour(n) for n in stats[by]], alpha=0.75, height=0.6)
+    whiskers(axes, 100 * stats["mean"], place, 100 * stats["low"], 100 * stats["high"], horizontal=True)
     for y, name in zip(place, stats[by], strict=True):
         values = 100 * table[(table[by] == name) & table["failed"].isna()].groupby("seed")[column].mean()
         axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor="black", markersize=4, zorder=3)
@@ -93,7 +131,8 @@ def bars(table: pd.DataFrame, by: str, column: str, label: str) -> Figure:
     return figure
 
 
-def _whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "black") -> None:
+def whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "black") -> None:
+    """Intervals from ``low`` to ``high`` about points, all sequences of equal length."""
     center = np.asarray(x if horizontal else y, dtype=float)
     spread = np.vstack([center - np.asarray(low, dtype=float), np.asarray(high, dtype=float) - center]).clip(0)
     axes.errorbar(x, y, fmt="none", ecolor=colour, capsize=3, lw=1.2, **{"xerr" if horizontal else "yerr": spread})
@@ -122,7 +161,7 @@ def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: floa
         x = part["percent"] + (i - (len(arms) - 1) / 2) * 0.6  # side by side, so that intervals do not cover one another
         axes.plot(x, 100 * part["mean"], color=COLOURS.get(arm), marker=MARKERS.get(arm, "o"), markersize=5,
                   label=f"{title(arm)} (n = {part['n'].min()})")
-        _whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=COLOURS.get(arm, "black"))
+        whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=COLOURS.get(arm, "black"))
         good = table[(table["arm"] == arm) & table["failed"].isna()]
         for place, percent in zip(x, part["percent"], strict=True):
             seeds = 100 * good[good["percent"] == percent].groupby("seed")[column].mean()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,10 @@ TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound
           "generator": "diffusion model", "herding": "herding", "k_center": "k-center", "el2n": "EL2N, easiest",
           "all_data": "all data"}
 
+
+#: how the small sets come about, in the order in which they are shown; what others published is none of them
+GROUPS = {"learned": ("idc", "idc_factor1", "dc", "dsa", "dm", "mtt"), "generated": ("generator",),
+          "chosen": ("random_real", "herding", "k_center", "el2n"), "published": (), "all data": ("all_data",)}
 
 #: what each stage measures: a frame has these columns even where nothing came out
 MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
@@ -63,6 +68,62 @@ def curves(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], names: I
     if not parts:
         return pd.DataFrame(columns=list(dict.fromkeys([*names, *(name for place, _ in rows for name in place), "key"])))
     return pd.concat(parts, ignore_index=True)
+
+
+def group(name: str) -> str:
+    """Which of :data:`GROUPS` a set belongs to; a set with soft labels belongs where its images do."""
+    plain = name.removesuffix("_soft")
+    return next((word for word, names in GROUPS.items() if plain in names), "published")
+
+
+def costs(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]]) -> pd.DataFrame:
+    """What small sets took, one row for each (place, key) that is made.
+
+    Columns: the place; own_seconds of making the set (of soft labels: with the set that they belong to); networks trained on
+    real data that it rests on, how many, and their network_seconds; networks_of, those networks' keys; memory, the most bytes
+    that the process that made it has held until then, an upper bound; stored_images, training_images; failed; key.
+    """
+    rows, records = list(rows), []
+    for place, key in rows:
+        if not store.has(key):
+            continue
+        found, todo = {}, [key]
+        while todo:
+            current = todo.pop()
+            if current not in found and store.has(current):
+                found[current] = store.get(current)
+                if found[current].meta["stage"] != "network":  # what a network rests on was not trained for this set
+                    todo += found[current].meta["parents"].values()
+        networks = {k: a for k, a in found.items() if a.meta["stage"] == "network"}
+        own = [a for k, a in found.items() if k not in networks]
+        result = found[key].result
+        records.append({**place, "own_seconds": sum(map(spent, own)), "networks": len(networks),
+                        "network_seconds": sum(map(spent, networks.values())), "networks_of": tuple(sorted(networks)),
+                        "memory": max(a.meta.get("peak_memory", 0) for a in own),
+                        "stored_images": result.get("stored_images"), "training_images": result.get("training_images"),
+                        "failed": found[key].failed, "key": key})
+    wanted = dict.fromkeys([*(name for place, _ in rows for name in place), "own_seconds", "networks", "network_seconds",
+                            "networks_of", "memory", "stored_images", "training_images", "failed", "key"])
+    return pd.DataFrame.from_records(records, columns=list(wanted))
+
+
+def histories(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], parts: int = 40) -> pd.DataFrame:
+    """The methods' losses while they learned, each over its own first value: losses of different methods have no common unit.
+
+    One row a point: the place, key, share of the steps that are done, in (0, 1], and loss. A history longer than ``parts`` is
+    averaged over so many equal parts; then "first" means the first part. Sets without a history are left out.
+    """
+    rows, found = list(rows), []
+    for place, key in rows:
+        history = store.get(key).result.get("history") if store.has(key) else None
+        if not history or not history[0] > 0:
+            continue
+        edges = [round(i * len(history) / min(parts, len(history))) for i in range(min(parts, len(history)) + 1)]
+        means = [sum(history[a:b]) / (b - a) for a, b in pairwise(edges)]
+        found += [{**place, "share": b / len(history), "loss": mean / means[0], "key": key}
+                  for b, mean in zip(edges[1:], means, strict=True)]
+    wanted = dict.fromkeys([*(name for place, _ in rows for name in place), "share", "loss", "key"])
+    return pd.DataFrame.from_records(found, columns=list(wanted))
 
 
 def summary(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
