@@ -11,7 +11,7 @@ import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 
-from dpkit.report import figures
+from dpkit.report import comparison, figures, frames
 
 
 def table() -> pd.DataFrame:
@@ -42,6 +42,35 @@ def grids() -> dict:
                    "corners": np.array([[0.0, 0.0], [3.0, 0.0], [1.0, 2.0]])} for name, shift in (("dense", 0), ("IMP", 3))}
 
 
+def sets() -> pd.DataFrame:
+    """Small sets of every group on two networks, some with soft labels; one network diverged."""
+    rows = []
+    for name, values in (("idc", [0.4, 0.5]), ("dm", [0.5, 0.6]), ("random_real", [0.3, np.nan]), ("theirs", [0.2, 0.3]),
+                         ("generator", [0.3, 0.3]), ("idc_soft", [0.6, 0.62]), ("random_real_soft", [0.45, 0.5]),
+                         ("all_data", [0.8, 0.9])):
+        rows += [{"set": name, "arch": arch, "seed": seed, "accuracy": value - less, "seconds": 30.0,
+                  "failed": "diverged at step 3" if np.isnan(value) else None}
+                 for seed, value in enumerate(values) for arch, less in (("convnet3", 0.0), ("resnet10", 0.1))]
+    return pd.DataFrame(rows)
+
+
+def costs() -> pd.DataFrame:
+    return pd.DataFrame([{"set": name, "seed": 0, "own_seconds": own, "networks": len(keys), "network_seconds": 5.0 * len(keys),
+                          "networks_of": keys, "memory": memory, "stored_images": None if failed else 20,
+                          "training_images": None if failed else 80, "failed": failed, "key": name}
+                         for name, own, keys, memory, failed in (
+                             ("idc", 90.0, (), 2_500_000_000, None), ("dm", 0.001, ("a", "b"), 0, None),
+                             ("random_real", 0.0, ("b",), 1_000_000_000, None), ("mtt", 3.0, (), 1, "not finite"))])
+
+
+def history() -> pd.DataFrame:
+    return pd.DataFrame([{"set": name, "seed": 0, "share": share, "loss": loss} for name in ("idc", "mtt")
+                         for share, loss in ((0.5, 1.0), (1.0, 0.25))])
+
+
+ONE = sets()[sets()["arch"] == "convnet3"].reset_index(drop=True)
+COMPARED = {"accuracies": (ONE,), "labels": (ONE,), "architectures": (sets(),), "price": (comparison.priced(costs(), ONE),),
+            "progress": (history(),)}
 EACH = {"learning_curves": (curve(),), "bars": (table().rename(columns={"arm": "set"}), "set", "accuracy", "accuracy (%)"),
         "against_sparsity": (table(), "error", "test error (%)"), "paths": (lines(),), "planes": (grids(),),
         "curvature": (table(), {"trace": "trace", "top_eigenvalue": "top eigenvalue"}),
@@ -66,6 +95,19 @@ def test_a_figure_for_results_and_one_for_none(name):
     empty = function(first.iloc[:0] if isinstance(first, pd.DataFrame) else {}, *rest)
     assert [text.get_text() for text in empty.axes[0].texts] == ["nothing measured yet"]
     assert drawn(empty) != drawn(full)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_a_comparison_for_results_and_one_for_none(name):
+    function, (table,) = getattr(comparison, name), COMPARED[name]
+    full = function(table)
+    assert drawn(full) == drawn(function(table))
+    empty = function(table.iloc[:0])
+    assert len(empty.axes[0].texts) == 1
+    assert drawn(empty) != drawn(full)
+    if "failed" in table:
+        diverged = function(table.assign(failed="diverged at step 0", accuracy=np.nan))
+        assert len(diverged.axes[0].texts) == 1
 
 
 @pytest.mark.parametrize("name", ["bars", "against_sparsity", "curvature"])
@@ -148,3 +190,106 @@ def test_figures_leave_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     figures.paths(lines())
     assert dict(matplotlib.rcParams) == before
+
+
+# --- comparing small sets ---------------------------------------------------------------------------------------------
+
+def test_sets_are_ranked_within_their_groups():
+    stats = comparison.ranked(ONE)
+    assert stats["group"].tolist() == ["learned"] * 3 + ["generated"] + ["chosen"] * 2 + ["published", "all data"]
+    assert stats["set"].tolist() == ["idc_soft", "dm", "idc", "generator", "random_real_soft", "random_real", "theirs", "all_data"]
+
+
+def test_accuracies_are_bars_of_the_means_with_a_dot_a_seed():
+    axes = comparison.accuracies(ONE[~ONE["set"].str.endswith("_soft")], chance=0.1).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "DM (n = 2)", "IDC (n = 2)", "diffusion model (n = 2)", "random real subset (n = 1)", "theirs (n = 2)", "all data (n = 2)"]
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [55, 45, 30, 30, 25, 85])
+    assert same_color(axes.patches[0].get_facecolor(), figures.COLOURS["dm"])
+    assert sum(len(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o") == 11
+    assert {text.get_text() for text in axes.texts} == {"learned", "generated", "chosen", "published", "chance"}
+    tops = [bar.get_y() for bar in axes.patches]
+    assert tops == sorted(tops)
+    assert axes.yaxis_inverted()  # the first row is on top
+
+
+def test_labels_pairs_each_set_with_its_soft_form():
+    axes = comparison.labels(ONE).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["IDC (n = 2)", "random real subset (n = 1)"]
+    marks = [line.get_xdata()[0] for line in axes.get_lines() if line.get_marker() == "o" and len(line.get_xdata())]
+    np.testing.assert_allclose(marks, [45, 61, 30, 47.5])
+    few = comparison.labels(ONE[ONE["set"] != "idc"].iloc[:2])
+    assert [text.get_text() for text in few.axes[0].texts] == ["no set was measured with both kinds of labels"]
+
+
+def test_architectures_have_a_panel_each_and_equal_rows():
+    first, second = comparison.architectures(sets()).axes
+    assert (first.get_title(), second.get_title()) == ("convnet3", "resnet10")
+    assert first.get_xlim() == second.get_xlim()
+    names = [text.get_text() for text in first.get_yticklabels()]
+    row = names.index("DM")
+    for panel, value in ((first, 55), (second, 45)):
+        (mark,) = [line for line in panel.get_lines() if line.get_marker() == figures.MARKERS["dm"]]
+        assert (mark.get_xdata()[0], mark.get_ydata()[0]) == (pytest.approx(value), row)
+    assert list(comparison.by_architecture(sets()).columns) == ["convnet3", "resnet10"]
+    assert comparison.by_architecture(sets()).loc["DM", "resnet10"].startswith("45.0% [")
+    assert len(comparison.by_architecture(sets().iloc[:0])) == 0
+
+
+def test_the_price_of_a_set_is_its_own_and_that_of_its_networks():
+    found = comparison.priced(costs(), ONE).set_index("set")
+    assert found.loc["dm", ["own_seconds", "network_seconds"]].tolist() == [0.001, 10.0]
+    assert found.loc["all_data", ["own_seconds", "network_seconds"]].tolist() == [30.0, 0.0]
+    assert set(found.index) == {"idc", "dm", "random_real", "all_data"}  # what failed or has no costs has no place
+    axes = comparison.price(found.reset_index()).axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert lines["DM"].get_xdata()[0] == comparison.LEAST
+    assert lines["IDC"].get_xdata()[0] == 90.0
+    assert any(list(line.get_xdata()) == [comparison.LEAST, 10.001] for line in axes.get_lines())
+
+
+def test_the_table_of_costs_says_what_is_not_known():
+    table = comparison.cost_table(costs(), ONE)
+    assert table.loc["IDC", ["stored", "decoded", "time to make", "networks", "peak memory"]].tolist() == [
+        20, 80, "90.0 s", "none", "2.50 GB"]
+    assert table.loc["DM", ["time to make", "networks", "their time", "peak memory"]].tolist() == [
+        "under 0.1 s", 2, "10.0 s", "not known"]
+    assert table.loc["MTT", "test accuracy"] == "failed: not finite"
+    assert table.loc["IDC", "test accuracy"].startswith("45.0% [")
+    assert comparison.cost_table(costs(), ONE.iloc[:0]).loc["IDC", "test accuracy"] == "not measured"
+    assert comparison.sharing(costs()) == ["1 network: DM, random real subset"]
+
+
+def test_panels_show_each_set_in_its_place():
+    blocks = {name: np.full((4, 2, 3, 3), value) for name, value in (("one", 0.1), ("two", 0.2), ("three", 0.3))}
+    figure = figures.panels(blocks, ["a", "b"], columns=2)
+    assert [axes.get_title() for axes in figure.axes] == ["one", "two", "three", ""]
+    assert [axes.images[0].get_array()[0, 0, 0] for axes in figure.axes[:3]] == [0.1, 0.2, 0.3]
+    assert [[t.get_text() for t in axes.get_yticklabels()] for axes in figure.axes[:3]] == [["a", "b"], ["", ""], ["a", "b"]]
+    assert figures.panels({}, []).axes[0].texts[0].get_text() == "nothing made yet"
+
+
+def lab(colour: str, seen: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of an sRGB colour, as an eye with the matrix ``seen`` on linear RGB sees it."""
+    rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = seen @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear.clip(0, 1)
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("seen", [
+    np.eye(3),
+    np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])],
+    ids=["all cones", "protanopia", "deuteranopia"])  # matrices: Machado et al. 2009, severity 1
+def test_the_colours_of_sets_can_be_told_apart(seen):
+    names = [name for group in frames.GROUPS.values() for name in group]
+    assert len({figures.MARKERS[name] for name in names}) == len(names)
+    places = {name: lab(figures.COLOURS[name], seen) for name in names}
+    for i, a in enumerate(names):
+        for b in names[i + 1:]:
+            # marks and labels tell them apart too; a difference of about 2 is just noticeable
+            assert np.linalg.norm(places[a] - places[b]) > 10, (a, b)
+    assert figures.colour("idc_soft") == figures.COLOURS["idc"]
+    assert figures.colour("theirs") == figures.OTHER

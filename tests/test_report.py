@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dpkit import report
-from dpkit.report import frames, numbers
+from dpkit.distill import DMSpec, HerdingSpec, IDCSpec
+from dpkit.report import frames, numbers, references
 from dpkit.report.verdicts import CONTRADICTED, INCONCLUSIVE, NOT_TESTED, SUPPORTED
 from dpkit.statistics import mean_interval, ratio_interval, student_quantile
 from dpkit.store import Store, key_for
@@ -131,6 +132,83 @@ def test_summary_averages_children_before_seeds(store):
     assert stats.loc["imp", "high"] - stats.loc["imp", "mean"] == pytest.approx(12.7062 * 0.02, rel=1e-4)
     assert "ltr" not in stats.index  # failed seeds give no mean
     assert stats.loc["random", ["mean", "low", "high", "n"]].tolist() == [0.5, 0.5, 0.5, 1]
+
+
+def test_costs_count_a_sets_networks_apart(store):
+    def made(name, stage, result, seconds, parents=None, **more):
+        key = key_for(stage, 1, {"name": name}, parents or {})
+        store.put(key, stage=stage, version=1, spec={"name": name}, parents=parents or {}, tensors={}, result=result, seconds=0.0,
+                  extra={"device": "cpu", "cpu_seconds": seconds, **more}, **({} if result else {"failed": "not finite"}))
+        return key
+
+    ticket = made("ticket", "ticket", {"round": 1}, 100.0)
+    networks = [made(f"n{i}", "network", {"error": 0.5}, 4.0, {"ticket": ticket}) for i in range(2)]
+    sizes = {"stored_images": 20, "training_images": 80, "history": [4.0, 2.0, 1.0]}
+    hard = made("hard", "distill", sizes, 7.0, {"network0": networks[0], "network1": networks[1]}, peak_memory=5)
+    soft = made("soft", "soften", sizes, 1.0, {"set": hard, "teacher": networks[0]}, peak_memory=3)
+    alone, broken = made("alone", "distill", sizes, 2.0), made("broken", "distill", {}, 1.0)
+    rows = [({"set": name, "seed": 0}, key) for name, key in (
+        ("mtt", hard), ("mtt_soft", soft), ("dm", alone), ("dc", broken), ("herding", "0" * 64))]
+    table = report.costs(store, rows).set_index("set")
+    assert list(table.index) == ["mtt", "mtt_soft", "dm", "dc"]
+    assert table["own_seconds"].tolist() == [7.0, 8.0, 2.0, 1.0]
+    assert table["network_seconds"].tolist() == [8.0, 8.0, 0.0, 0.0]
+    assert table["networks_of"].tolist() == [tuple(sorted(networks))] * 2 + [()] * 2
+    assert table["memory"].tolist() == [5, 5, 0, 0]
+    assert table.loc["dc", "failed"] == "not finite"
+    assert list(report.costs(store, rows[-1:]).columns) == ["set", *table.columns]
+
+
+def test_histories_start_at_one_and_are_averaged_over_parts(store):
+    rows = [({"set": name, "seed": 0}, put(store, name, {"error": 1, "history": history})) for name, history in (
+        ("idc", [4.0, 2.0, 1.0]), ("dm", [6.0, 2.0, 3.0, 1.0]), ("herding", []), ("dc", [0.0, 1.0]))]
+    table = report.histories(store, rows, parts=3)
+    idc = table[table["set"] == "idc"]
+    assert idc["loss"].tolist() == [1.0, 0.5, 0.25]
+    assert idc["share"].tolist() == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert set(table["set"]) == {"idc", "dm"}
+    halves = report.histories(store, rows[1:2], parts=2)
+    assert halves["loss"].tolist() == [1.0, 0.5]
+    assert halves["share"].tolist() == [0.5, 1.0]
+    assert list(report.histories(store, []).columns) == ["share", "loss", "key"]
+
+
+def test_every_set_belongs_to_one_group():
+    from dpkit.stages.study import SETS
+    assert sorted(name for names in report.GROUPS.values() for name in names) == sorted([*SETS, "all_data"])
+    assert (report.group("idc_soft"), report.group("el2n"), report.group("theirs")) == ("learned", "chosen", "published")
+
+
+# --- reported numbers -------------------------------------------------------------------------------------------------
+
+def test_reported_accuracies_stand_beside_ours_with_their_source():
+    table = references.beside({"idc": "60.0% (n = 1)"}, 10)
+    assert table.loc["IDC"].tolist() == ["50.6%", "67.5%", "74.5%", "60.0% (n = 1)", references.IDC]
+    assert table.loc["DM"].tolist() == ["", "48.9%", "63.0%", "not measured", references.PAD]
+    assert table.loc["all data", "10 a class"] == "84.8%"
+    assert len({(r.set, r.ipc) for r in references.CIFAR10}) == len(references.CIFAR10)
+    assert all(0 < r.accuracy < 100 and "arXiv" in r.source for r in references.CIFAR10)
+
+
+@pytest.mark.parametrize(("change", "known"), [
+    ({}, True), ({"kind": "cifar10", "classes": 3}, True), ({"kind": "svhn"}, False), ({"classes": 100}, False),
+    ({"shape": [3, 16, 16]}, False), ({"mean": (0.4377, 0.4438, 0.4728)}, False), ({"mean": (0.4789, 0.4723, 0.4305)}, False),
+    ({"std": (0.26, 0.25, 0.27)}, False)], ids=["npz", "named", "other", "classes", "size", "svhn", "cinic", "contrast"])
+def test_cifar10_is_known_by_its_pixels(change, known):
+    facts = {"kind": "npz", "classes": 10, "shape": [3, 32, 32], "mean": (0.4915, 0.4821, 0.4464), "std": references.STD} | change
+    identity = {name: facts[name] for name in ("kind", "classes", "shape")}
+    assert references.is_cifar10(identity, torch.tensor(facts["mean"]), torch.tensor(facts["std"])) is known
+
+
+def test_departures_from_the_published_setting_are_told():
+    whole = {"train": 50_000, "test": 10_000}
+    assert references.departures({"idc": IDCSpec(), "herding": HerdingSpec()}, "convnet3", 128, whole) == []
+    found = references.departures({"idc": IDCSpec(outer=3, inner=10), "dm": DMSpec(steps=5), "dm_soft": DMSpec(steps=5)},
+                                  "convnet3", 32, {"train": 45_000, "test": 6000})
+    assert found == ["network convnet3 of width 32; theirs is convnet3 of width 128",
+                     "45,000 training and 6,000 test images; theirs are 50,000 and 10,000",
+                     "IDC takes 30 steps; the published settings have 200,000",
+                     "DM takes 5 steps; the published settings have 20,000"]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

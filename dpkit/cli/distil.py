@@ -55,8 +55,8 @@ def take_in(name: Annotated[str, typer.Argument(metavar="NAME=FILE", help="a nam
     if "=" not in name or chosen not in plan.study.published_files:
         raise ValueError(f"import takes NAME=FILE, such as theirs=data.pt@2; got {name!r}")
     found = plan.small_set(chosen, 0).spec["published"]
-    out.print(f"{escape(name.partition('=')[2])}: form {found['form']}, {found['shape'][0]} images of {found['classes']} classes, "
-              f"{found['space']}, factor {found['factor']}; SHA-256 of its values {found['sha256'][:12]}")
+    out.print(f"{escape(name.partition('=')[2])}: form {found['form']}, {found['shape'][0]} images of {found['classes']} "
+              f"classes, {found['space']}, factor {found['factor']}; SHA-256 of its values {found['sha256'][:12]}")
     _make(plan, chosen, None, workers, device, evaluate)
     words = ["--set", f"published={','.join(plan.study.published)}", "--set", f"sets=idc,random_real,{chosen}"]
     rest = [word for word in set or [] if word.partition("=")[0].strip() not in ("published", "sets")]

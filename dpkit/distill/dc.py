@@ -41,7 +41,8 @@ class DSASpec(DCSpec):
     """DSA's settings: DC's with an augmentation, from real images."""
 
     method = "dsa"
-    augment: AugmentSpec = field(default_factory=lambda: AugmentSpec(operations="color_crop_cutout_flip_scale_rotate", single=True))
+    augment: AugmentSpec = field(default_factory=lambda: AugmentSpec(operations="color_crop_cutout_flip_scale_rotate",
+                                                                     single=True))
     start: str = "real"
 
 

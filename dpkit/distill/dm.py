@@ -127,8 +127,9 @@ def dm(spec: DMSpec, task: Task) -> Made:
     groups = _groups(spec, task)
     places = task.places(spec.ipc if spec.start == "real" else 1)
     real, mean, std = (t.to(device) for t in (task.real.images, task.mean, task.std))
+    before = starting(task, spec.ipc, spec.start)
     if task.resume is None:
-        images, history = starting(task, spec.ipc, spec.start).to(device), torch.zeros(0, dtype=torch.float64)
+        images, history = before.to(device), torch.zeros(0, dtype=torch.float64)
         velocity = torch.zeros_like(images)
     else:
         images, velocity = (task.resume[name].to(device).clone() for name in ("images", "velocity"))
@@ -159,7 +160,7 @@ def dm(spec: DMSpec, task: Task) -> Made:
                 raise FloatingPointError(f"the images are not finite after step {step + 1}; lower lr")
             task.keep({"images": images.cpu(), "velocity": velocity.cpu(), "history": history})
         task.tick(step + 1, spec.steps)
-    return Made(stored(task, images, spec.ipc), tuple(history.tolist()))
+    return Made(stored(task, images, spec.ipc), tuple(history.tolist()), before=stored(task, before, spec.ipc).images)
 
 
 def _groups(spec: DMSpec, task: Task) -> list[list[int]]:

@@ -106,12 +106,14 @@ class Made:
 
     split: the stored images (K * ipc, C, H, W) float32 as pixel values, class after class, and their labels. Methods that do
     not clamp may leave [0, 1]. history: one value a step or an outer iteration, the method's own loss. learned: settings of
-    the training that were learned with the images, such as ``lr``; they belong to the recipe.
+    the training that were learned with the images, such as ``lr``; they belong to the recipe. before: the stored images
+    (K * ipc, C, H, W) that a learned set started from.
     """
 
     split: Split
     history: tuple[float, ...] = ()
     learned: Mapping[str, float] = field(default_factory=dict)
+    before: Tensor | None = None
 
 
 Maker = Callable[[Any, Task], Made]

@@ -56,8 +56,9 @@ def learn(spec: MatchingSpec, task: Task, *, rate: float, form: str = "auto") ->
     step = _Step(spec, Matcher(spec, model, form=form, device=device, at_once=at_once), pixels, task.mean, task.std)
     train = Trainer(spec, model, task.real, pixels)
     labels = torch.arange(classes).repeat_interleave(spec.ipc)
+    before = _start(spec, step, places, task.seed)
     if task.resume is None:
-        images, velocity, history = _start(spec, step, places, task.seed), None, []
+        images, velocity, history = before, None, []
     else:
         images, history = task.resume["images"].to(device).clone(), task.resume["history"].tolist()
         velocity = task.resume["velocity"].to(device).clone() if "velocity" in task.resume else None
@@ -100,7 +101,7 @@ def learn(spec: MatchingSpec, task: Task, *, rate: float, form: str = "auto") ->
             history.append(float(total) / spec.inner / classes)
             state = {"images": images.cpu(), "history": torch.tensor(history, dtype=torch.float64)}
             task.keep(state if velocity is None else state | {"velocity": velocity.cpu()})
-    return Made(Split(step.stored(images).cpu().float(), labels), tuple(history))
+    return Made(Split(step.stored(images).cpu().float(), labels), tuple(history), before=step.stored(before).cpu().float())
 
 
 def _start(spec: MatchingSpec, step: _Step, places: Sequence[Tensor], seed: int) -> Tensor:

@@ -187,8 +187,9 @@ def mtt(spec: MTTSpec, task: Task) -> Made:
     _check_experts(spec, task)
     keep = task.room(spec)
     targets = F.one_hot(torch.arange(model.classes).repeat_interleave(spec.ipc), model.classes).float().to(device)
+    before = starting(task, spec.ipc, spec.start)
     if task.resume is None:
-        images = starting(task, spec.ipc, spec.start).to(device)
+        images = before.to(device)
         lr = torch.tensor(spec.lr, device=device)
         speed, lr_speed, history = torch.zeros_like(images), torch.zeros_like(lr), torch.zeros(0, dtype=torch.float64)
     else:
@@ -214,7 +215,8 @@ def mtt(spec: MTTSpec, task: Task) -> Made:
             task.keep({"images": images.cpu(), "velocity": speed.cpu(), "lr": lr.cpu(), "lr_velocity": lr_speed.cpu(),
                        "history": history})
         task.tick(step + 1, spec.steps)
-    return Made(stored(task, images, spec.ipc), tuple(history.tolist()), {"lr": float(lr)})
+    return Made(stored(task, images, spec.ipc), tuple(history.tolist()), {"lr": float(lr)},
+                stored(task, before, spec.ipc).images)
 
 
 def _check_experts(spec: MTTSpec, task: Task) -> None:

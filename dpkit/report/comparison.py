@@ -39,20 +39,24 @@ def accuracies(table: pd.DataFrame, label: str = "test accuracy (%)", *, chance:
     figure, axes = new(7, 0.36 * (places[-1] + 1) + 1.1)
     axes.barh(places, 100 * stats["mean"], color=[colour(n) for n in stats["set"]], height=0.72,
               edgecolor="#444444", linewidth=0.5)
-    whiskers(axes, 100 * stats["mean"], places, 100 * stats["low"], 100 * stats["high"], horizontal=True, colour="#222222")
+    for width, tint in ((3, "white"), (1.2, "#222222")):  # a light rim, to be seen on dark bars
+        whiskers(axes, 100 * stats["mean"], places, 100 * stats["low"], 100 * stats["high"], horizontal=True, colour=tint,
+                 width=width)
     good = table[table["failed"].isna()]
     for y, name in zip(places, stats["set"], strict=True):
         values = 100 * good[good["set"] == name].groupby("seed")["accuracy"].mean()
         axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor="black", markersize=3.5, zorder=3)
     for word in words:
         y = places[stats["group"].tolist().index(word)]
+        if word == title(stats["set"][stats["group"].tolist().index(word)]):
+            continue  # all data are a group of one
         axes.annotate(word, (0, y - 0.56), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8,
                       fontstyle="italic", color="#555555")
     axes.set_yticks(places, [f"{title(n)} (n = {k})" for n, k in zip(stats["set"], stats["n"], strict=True)])
     if chance is not None:
         axes.axvline(100 * chance, color="#555555", lw=1, ls=":")
-        axes.annotate("chance", (100 * chance, 0), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points",
-                      fontsize=8, color="#555555")
+        axes.annotate("chance", (100 * chance, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), va="top",
+                      textcoords="offset points", fontsize=8, color="#555555")
     axes.set_ylim(places[-1] + 0.6, -0.95)
     axes.set_xlim(0, min(100.0, 104 * stats["high"].max()) or 1.0)
     axes.set_xlabel(label)
@@ -82,7 +86,7 @@ def labels(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figure:
     axes.set_yticks(range(len(both)), [f"{title(n)} (n = {stats.loc[n, 'n']})" for n in both])
     axes.set_ylim(len(both) - 0.4, -0.6)
     axes.set_xlabel(label)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 
@@ -98,7 +102,7 @@ def architectures(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figu
     if not parts:
         return nothing("no network has a result")
     order = [name for name in dict.fromkeys(n for part in parts.values() for n in part["set"]) if name != "all_data"]
-    figure, axes = new(7.2, 0.3 * len(order) + 1.4, columns=len(parts), sharey=True, squeeze=False)
+    figure, axes = new(7.2, 0.3 * len(order) + 1.4, columns=len(parts), sharex=True, sharey=True, squeeze=False)
     for panel, (arch, part) in zip(axes[0], parts.items(), strict=True):
         stats = part.set_index("set")
         for y, name in enumerate(order):
@@ -110,13 +114,15 @@ def architectures(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figu
                            markeredgecolor="#222222", markeredgewidth=0.6, markersize=8, zorder=3)
         if "all_data" in stats.index:
             value = 100 * stats.loc["all_data", "mean"]
-            panel.axvline(value, color="black", lw=1.2, ls="--")
-            panel.annotate("all data", (value, 1.0), xycoords=("data", "axes fraction"), xytext=(-3, -4),
-                           textcoords="offset points", ha="right", va="top", fontsize=8, rotation=90)
+            panel.axvline(value, color="black", lw=1.2, ls="--", label="all data")
         panel.set(title=arch, xlabel=label)
         panel.tick_params(axis="y", length=0)
     axes[0][0].set_yticks(range(len(order)), [title(n) for n in order])
     axes[0][0].set_ylim(len(order) - 0.4, -0.6)
+    axes[0][0].set_xlim(left=0)
+    handles = {text: line for panel in axes[0] for line, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper right", fontsize=9, frameon=False)
     return figure
 
 
@@ -141,7 +147,7 @@ def price(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figure:
     axes.set(xscale="log", ylabel=label,
              xlabel="seconds: of the set itself (mark), and with the networks that it needs (end of the line)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
     return figure
 
 
@@ -161,7 +167,7 @@ def progress(table: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
     return figure
 
 
@@ -179,9 +185,8 @@ def priced(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_table(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The same as text, a row a set, with memory, sizes, and which networks are shared; ``failed`` says why there is no set."""
+    """The same as text, a row a set, with memory and sizes; a set that failed says why where its accuracy would stand."""
     stats = ranked(table).set_index("set") if len(table) else pd.DataFrame()
-    keys = {name: {k for found in part["networks_of"] for k in found} for name, part in costs.groupby("set", sort=False)}
     rows = []
     for name, part in costs.groupby("set", sort=False):
         good = part[part["failed"].isna()]
@@ -189,14 +194,26 @@ def cost_table(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
             rows.append((title(name), *[""] * 7, f"failed: {part['failed'].iloc[0]}"))
             continue
         row = good.iloc[0]
-        sharing = [title(other) for other, theirs in keys.items() if other != name and keys[name] & theirs]
-        networks = f"{row['networks']}, {value_text(good['network_seconds'].mean(), 'seconds')}" if row["networks"] else "none"
         rows.append((title(name), int(row["stored_images"]), int(row["training_images"]), len(good),
-                     value_text(good["own_seconds"].mean(), "seconds"), networks, ", ".join(sharing) or "",
-                     f"{row['memory'] / 1e9:.2f}" if row["memory"] else "not known", _accuracy(stats, name)))
-    columns = ["set", "stored images", "decoded images", "times made", "time to make", "networks, their time", "shared with",
-               "peak memory (GB)", "test accuracy"]
+                     _time(good["own_seconds"].mean()), int(row["networks"]) or "none",
+                     _time(good["network_seconds"].mean()) if row["networks"] else "",
+                     f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else "not known", _accuracy(stats, name)))
+    columns = ["set", "stored", "decoded", "made", "time to make", "networks", "their time", "peak memory", "test accuracy"]
     return pd.DataFrame(rows, columns=columns).set_index("set")
+
+
+def sharing(costs: pd.DataFrame) -> list[str]:
+    """Which sets rest on the same networks, in words, a line each: ``2 networks: herding, k-center``."""
+    users: dict[str, list[str]] = {}
+    for name, part in costs.groupby("set", sort=False):
+        for key in sorted({key for found in part["networks_of"] for key in found}):
+            users.setdefault(key, []).append(title(name))
+    groups = pd.Series([", ".join(names) for names in users.values() if len(names) > 1], dtype=object).value_counts(sort=False)
+    return [f"{count} network{'s' if count > 1 else ''}: {names}" for names, count in groups.items()]
+
+
+def _time(seconds: float) -> str:
+    return "under 0.1 s" if seconds < 0.1 else value_text(seconds, "seconds")
 
 
 def _accuracy(stats: pd.DataFrame, name: str) -> str:

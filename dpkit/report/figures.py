@@ -69,9 +69,8 @@ def panels(blocks: Mapping[str, np.ndarray], labels: Sequence[str], columns: int
         return nothing("nothing made yet")
     rows, each = -(-len(blocks) // columns), max(1, len(labels))
     count, height, width = next(iter(blocks.values())).shape[:3]
-    across = 6.4 / columns
-    figure, axes = new(7.4, rows * (across * each * height / (max(1, count // each) * width) + 0.36), columns=columns, rows=rows,
-                       squeeze=False)
+    side = min(6.4 / columns / max(1, count // each), 0.45)  # inches of one image
+    figure, axes = new(7.4, rows * (side * each * height / width + 0.36), columns=columns, rows=rows, squeeze=False)
     for place, panel in enumerate(axes.flat):
         panel.axis("off")
         if place < len(blocks):
@@ -131,11 +130,12 @@ def bars(table: pd.DataFrame, by: str, column: str, label: str) -> Figure:
     return figure
 
 
-def whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "black") -> None:
+def whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "black", width: float = 1.2) -> None:
     """Intervals from ``low`` to ``high`` about points, all sequences of equal length."""
     center = np.asarray(x if horizontal else y, dtype=float)
     spread = np.vstack([center - np.asarray(low, dtype=float), np.asarray(high, dtype=float) - center]).clip(0)
-    axes.errorbar(x, y, fmt="none", ecolor=colour, capsize=3, lw=1.2, **{"xerr" if horizontal else "yerr": spread})
+    axes.errorbar(x, y, fmt="none", ecolor=colour, capsize=3, capthick=width, lw=width,
+                  **{"xerr" if horizontal else "yerr": spread})
 
 
 def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:

@@ -258,7 +258,8 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
     elif stage == "ticket":
         numbers, tensors = whole + net.prunable, net.tensors + 10
     elif stage in ("distill", "soften", "published"):
-        numbers = spec["distill"]["ipc"] * data["classes"] * (4 * _pixels(data) + 8)
+        copies = 2 if "seed" in spec and METHODS[spec["distill"]["method"]].learned else 1  # learned ones with their start
+        numbers = spec["distill"]["ipc"] * data["classes"] * (4 * copies * _pixels(data) + 8)
         numbers += 4 * data["classes"] * set_images(spec["distill"], data["classes"]) * (stage == "soften")
     elif stage == "path":
         numbers = 24 * spec["path"]["points"]

@@ -32,7 +32,11 @@ def trajectories(unit: Unit, parents: Mapping[str, Artifact]) -> list[list[tuple
 
 @stage("distill", 1)
 def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
-    """Make a small set by a method. Tensors: images, labels, mean, std. Result: recipe, sizes, history of the method's loss."""
+    """Make a small set by a method.
+
+    Tensors: images, labels, mean, std, and ``before``, what learned images started from. Result: the recipe, sizes, and the
+    history of the method's loss.
+    """
     spec, dataset = distill.spec_of(unit.spec["distill"]), context.dataset(unit.data)
     saved = context.store.load_partial(unit.key)
     if saved:
@@ -54,7 +58,10 @@ def make_set(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> O
         return Output({}, {}, failed=str(error))
     recipe = {"train": dict(unit.spec["train"]) | dict(made.learned), "factor": spec.factor, "space": "pixels",
               "mean": dataset.mean.tolist(), "std": dataset.std.tolist(), "learned": dict(made.learned)}
-    return _stored(made.split, recipe, history=list(made.history))
+    output = _stored(made.split, recipe, history=list(made.history))
+    if made.before is not None:
+        output.tensors["before"] = made.before.clone()  # safetensors stores no tensor twice
+    return output
 
 
 def _stored(split: Split, recipe: Mapping[str, Any], **result: Any) -> Output:

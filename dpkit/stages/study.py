@@ -48,10 +48,11 @@ class Study(Spec):
     Distillation: sets to make and compare (names of ``SETS``; with ``_soft`` behind it a set has a teacher's labels at
     soft_temperature), published sets of others as ``NAME=FILE``, ``NAME=FILE@FACTOR`` or ``NAME=FILE@whitened``, ipc,
     set_seeds (times that a learned set is made), and by method: factor and distill_* (IDC), dc_* (DC and DSA), dm_*, mtt_*,
-    generator_*, each as in its specification; expert_*: of the networks that MTT follows and that IDC's pool holds
-    (distill_pool of them; 0: fresh networks); el2n_networks. distill_memory: gigabytes that a distillation may take (0: no
-    bound). Training on small sets: set_epochs for IDC's decoded images (other sets get as many steps), set_lr, set_augment,
-    set_cutmix, evaluation_seeds, and evaluation_archs, other networks to train on them, as ``ARCH:WIDTH``.
+    generator_*, each as in its specification, and dsa_augment (of DSA, DM and MTT); expert_*: of the networks that MTT follows
+    and that IDC's pool holds (distill_pool of them; 0: fresh networks); el2n_networks. distill_memory: gigabytes that a
+    distillation may take (0: no bound). Training on small sets: set_epochs for IDC's decoded images (other sets get as many
+    steps), set_lr, set_augment, set_cutmix, evaluation_seeds, and evaluation_archs, other networks to train on them, as
+    ``ARCH:WIDTH``.
 
     Pruning: arms, fraction, rounds, at_rounds (the rounds whose tickets are trained and measured), rewind_epochs (what
     ``ltr`` rewinds to), scope. Measuring: seeds (initialisations), children (per ticket), points on a path, statistics
@@ -94,17 +95,21 @@ class Study(Spec):
     distill_compile: bool = False
     distill_pool: int = 0
     distill_memory: float = 0.0
+    dsa_augment: str = "color_crop_cutout_flip_scale_rotate"
     dc_outer: int = 10
     dc_inner: int = 10
     dc_lr: float = 0.1
     dc_real_batch: int = 64
     dc_network_epochs: int = 10
+    dc_network_lr: float = 0.01
+    dc_network_batch: int = 256
     dm_steps: int = 200
     dm_lr: float = 1.0
     dm_real_batch: int = 64
     mtt_steps: int = 100
     mtt_lr_img: float = 1000.0
     mtt_lr: float = 0.01
+    mtt_lr_lr: float = 1e-5
     mtt_student_steps: int = 10
     mtt_batch: int = 0
     mtt_expert_epochs: int = 2
@@ -212,14 +217,17 @@ class Study(Spec):
                            network_images=self.distill_network_images, precision=self.distill_precision,
                            compile=self.distill_compile, networks="pool" if self.distill_pool else "fresh")
         if method in ("dc", "dsa"):
-            return METHODS[method].spec(**common, outer=self.dc_outer, inner=self.dc_inner, lr=self.dc_lr,
-                                        real_batch=self.dc_real_batch, network_epochs=self.dc_network_epochs)
+            siamese = {"augment": AugmentSpec(operations=self.dsa_augment, single=True)} if method == "dsa" else {}
+            return METHODS[method].spec(**common, **siamese, outer=self.dc_outer, inner=self.dc_inner, lr=self.dc_lr,
+                                        real_batch=self.dc_real_batch, network_epochs=self.dc_network_epochs,
+                                        network_lr=self.dc_network_lr, network_batch=self.dc_network_batch)
         if method == "dm":
-            return DMSpec(**common, steps=self.dm_steps, lr=self.dm_lr, real_batch=self.dm_real_batch)
+            return DMSpec(**common, steps=self.dm_steps, lr=self.dm_lr, real_batch=self.dm_real_batch,
+                          augment=self.dsa_augment)
         if method == "mtt":
             return MTTSpec(**common, steps=self.mtt_steps, lr_img=self.mtt_lr_img, lr=self.mtt_lr, batch=self.mtt_batch,
                            student_steps=self.mtt_student_steps, expert_epochs=self.mtt_expert_epochs,
-                           max_start_epoch=self.mtt_max_start_epoch)
+                           max_start_epoch=self.mtt_max_start_epoch, lr_lr=self.mtt_lr_lr, augment=self.dsa_augment)
         if method == "generator":
             return GeneratorSpec(**common, steps=self.generator_steps, width=self.generator_width, batch=self.generator_batch,
                                  lr=self.generator_lr, ema=self.generator_ema)
