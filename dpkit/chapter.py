@@ -85,11 +85,11 @@ class Chapter:
 
     def set_rows(self) -> list[tuple[dict[str, Any], str]]:
         """(place, key) of each small set, once for each time that it is made."""
-        rows = {}
+        rows: dict[tuple[str, str], int] = {}
         for name in self.study.sets:
             for seed in range(self.study.evaluation_seeds):
-                rows.setdefault(self.plan.small_set(name, seed).key, {"set": name, "seed": seed})
-        return [(place, key) for key, place in rows.items()]
+                rows.setdefault((name, self.plan.small_set(name, seed).key), seed)
+        return [({"set": name, "seed": seed}, key) for (name, key), seed in rows.items()]
 
     def asked(self) -> dict[str, distill.MethodSpec]:
         """What each small set of the study was asked for, by name; what others published is left out."""
@@ -106,6 +106,7 @@ class Chapter:
         if found is None or what not in found.tensors:
             return None
         images, labels = found.tensors[what].float(), found.tensors["labels"]
+        labels = labels.argmax(1) if labels.dim() == 2 else labels  # others publish soft ones
         total = self.dataset.classes
         chosen = [i * total // classes for i in range(min(classes, total))] if classes else range(total)
         places = [(labels == c).nonzero()[:, 0] for c in chosen]

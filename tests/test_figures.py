@@ -197,13 +197,15 @@ def test_figures_leave_matplotlib_as_it_was():
 def test_sets_are_ranked_within_their_groups():
     stats = comparison.ranked(ONE)
     assert stats["group"].tolist() == ["learned"] * 3 + ["generated"] + ["chosen"] * 2 + ["published", "all data"]
-    assert stats["set"].tolist() == ["idc_soft", "dm", "idc", "generator", "random_real_soft", "random_real", "theirs", "all_data"]
+    assert stats["set"].tolist() == [
+        "idc_soft", "dm", "idc", "generator", "random_real_soft", "random_real", "theirs", "all_data"]
 
 
 def test_accuracies_are_bars_of_the_means_with_a_dot_a_seed():
     axes = comparison.accuracies(ONE[~ONE["set"].str.endswith("_soft")], chance=0.1).axes[0]
     assert [text.get_text() for text in axes.get_yticklabels()] == [
-        "DM (n = 2)", "IDC (n = 2)", "diffusion model (n = 2)", "random real subset (n = 1)", "theirs (n = 2)", "all data (n = 2)"]
+        "DM (n = 2)", "IDC (n = 2)", "diffusion model (n = 2)", "random real subset (n = 1)", "theirs (n = 2)",
+        "all data (n = 2)"]
     np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [55, 45, 30, 30, 25, 85])
     assert same_color(axes.patches[0].get_facecolor(), figures.COLOURS["dm"])
     assert sum(len(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "o") == 11
@@ -248,6 +250,18 @@ def test_the_price_of_a_set_is_its_own_and_that_of_its_networks():
     assert any(list(line.get_xdata()) == [comparison.LEAST, 10.001] for line in axes.get_lines())
 
 
+def test_progress_has_a_panel_a_method_and_one_scale():
+    more = history().assign(seed=1, loss=lambda t: t["loss"] * 2)
+    figure = comparison.progress(pd.concat([history(), more[more["set"] == "mtt"], history().assign(set="dm")]), columns=2)
+    first, second, third, fourth = figure.axes
+    assert [panel.get_title() for panel in figure.axes] == ["IDC", "MTT", "DM", ""]
+    assert not fourth.axison
+    assert third.axison
+    assert first.get_ylim() == second.get_ylim()
+    lines = [line.get_ydata().tolist() for line in second.get_lines() if line.get_marker() == "o"]
+    assert lines == [[1.0, 0.25], [2.0, 0.5]]
+
+
 def test_the_table_of_costs_says_what_is_not_known():
     table = comparison.cost_table(costs(), ONE)
     assert table.loc["IDC", ["stored", "decoded", "time to make", "networks", "peak memory"]].tolist() == [
@@ -257,7 +271,7 @@ def test_the_table_of_costs_says_what_is_not_known():
     assert table.loc["MTT", "test accuracy"] == "failed: not finite"
     assert table.loc["IDC", "test accuracy"].startswith("45.0% [")
     assert comparison.cost_table(costs(), ONE.iloc[:0]).loc["IDC", "test accuracy"] == "not measured"
-    assert comparison.sharing(costs()) == ["1 network: DM, random real subset"]
+    assert comparison.sharing(costs()) == ["1 network: DM; random real subset"]
 
 
 def test_panels_show_each_set_in_its_place():

@@ -215,3 +215,48 @@ def test_a_study_whose_networks_all_diverge_is_shown(path, checkout, diverged):
     assert {verdict["verdict"] for verdict in chapter.verdicts()} == {"not tested"}
     if chapter.name == "verdicts":
         assert len(left["failed"]) == sum(len(chapter.rows(part)) for part in chapter.parts)
+
+
+def distillation() -> Path:
+    return notebooks.find("02-distillation")
+
+
+def test_small_sets_of_every_sort_are_compared(checkout, tmp_path):
+    sets = ["idc", "idc_factor1", "dm", "herding", "random_real", "idc_soft", "random_real_soft"]
+    few = {"sets": sets, "ipc": 2, "evaluation_seeds": 2, "seeds": 2, "dm_steps": 2, "dm_real_batch": 4}
+    left = play(distillation(), overrides=TINY | few, evaluation_archs=["resnet10:2"], store=str(tmp_path / "store"), workers=1,
+                out=str(tmp_path / "out"))
+    chapter = left["chapter"]
+    assert set(left["pictures"]) == {"IDC", "IDC, factor 1", "DM", "herding", "random real subset"}
+    assert {images.shape for images in left["pictures"].values()} == {(10, 16, 16, 3)}
+    assert {name.split("\n")[0] for name in left["pairs"]} == {"IDC", "IDC, factor 1", "DM"}  # real images have no before
+    assert set(left["others"]["arch"]) == {"convnet3 (made with)", "resnet10"}
+    assert set(left["points"]["set"]) == {"idc", "idc_factor1", "dm", "herding", "random_real", "all_data"}
+    assert left["costs"].set_index(["set", "seed"])["networks"].to_dict() == {
+        ("idc", 0): 0, ("idc_factor1", 0): 0, ("dm", 0): 0, ("herding", 0): 1, ("random_real", 0): 0, ("random_real", 1): 0,
+        ("idc_soft", 0): 1, ("random_real_soft", 0): 1, ("random_real_soft", 1): 1}
+    assert len(left["shared"]) == 1
+    assert set(left["history"]["set"]) == {"idc", "idc_factor1", "dm"}
+    assert {name: getattr(spec, "factor", None) for name, spec in chapter.asked().items() if name in ("idc", "idc_soft")} == {
+        "idc": 1, "idc_soft": 1}
+    assert all("teacher's first choice" in row and "not measured" not in row for row in left["rows"])
+    assert left["known"] is False
+    assert chapter.pictures("idc", count=1).shape == (10, 16, 16, 3)
+    assert 0 <= chapter.pictures("dm").min() <= chapter.pictures("dm").max() <= 1
+    assert chapter.pictures("herding", "before") is chapter.pictures("dsa") is chapter.small_set("dsa") is None
+    # factor 1 in both: the same set, so no difference
+    assert chapter.sign("distill.idc_minus_idc_factor1.accuracy") == "not decided"
+    assert chapter.sign("distill.idc_minus_dsa.accuracy") == "not measured"
+    written = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
+    assert written == {"images", "before-after", "idc-images", "accuracy", "soft-labels", "architectures", "price", "matching"}
+
+
+def test_a_set_that_could_not_be_made_is_shown_as_failed(checkout, tmp_path):
+    sets = {"sets": ["dm", "dm_soft", "random_real"], "dm_steps": 3, "dm_real_batch": 4, "dm_lr": 1e38}
+    left = play(distillation(), overrides=TINY | sets, store=str(tmp_path / "store"), workers=1)
+    table = left["comparison"].cost_table(left["costs"], left["frame"])
+    assert table.loc["DM", "test accuracy"].startswith("failed: the images are not finite")
+    assert table.loc["DM, soft labels", "test accuracy"].startswith("failed: parent set")
+    assert table.loc["random real subset", "test accuracy"].endswith("(n = 1)")
+    assert (list(left["recipes"]), left["against"]) == (["random_real"], ["dm"])
+    assert left["chapter"].sign("distill.random_real_minus_dm.accuracy") == "not measured"

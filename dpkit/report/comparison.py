@@ -13,7 +13,10 @@ from dpkit.report.frames import GROUPS, group, summary
 
 SOFT = "_soft"
 LEAST = 0.01  # seconds: the least that the logarithmic axis shows
-LINES = ("-", "--", "-.", ":")
+
+
+def _size(name: str) -> float:
+    return 13 if MARKERS.get(name.removesuffix(SOFT)) == "*" else 8.5  # a star covers less than its size
 
 
 def ranked(table: pd.DataFrame, by: str = "set", column: str = "accuracy") -> pd.DataFrame:
@@ -82,7 +85,7 @@ def labels(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figure:
                      colour="#222222")
             axes.plot(100 * row["mean"], y + shift, "o", color=fill, markeredgecolor="#222222", markersize=8, zorder=3)
     axes.plot([], [], "o", color="white", markeredgecolor="#222222", markersize=8, label="hard labels")
-    axes.plot([], [], "o", color="#666666", markeredgecolor="#222222", markersize=8, label="the teacher's")
+    axes.plot([], [], "o", color="#666666", markeredgecolor="#222222", markersize=8, label="the teacher's labels")
     axes.set_yticks(range(len(both)), [f"{title(n)} (n = {stats.loc[n, 'n']})" for n in both])
     axes.set_ylim(len(both) - 0.4, -0.6)
     axes.set_xlabel(label)
@@ -111,7 +114,7 @@ def architectures(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figu
                 whiskers(panel, [100 * row["mean"]], [y], [100 * row["low"]], [100 * row["high"]], horizontal=True,
                          colour="#222222")
                 panel.plot(100 * row["mean"], y, MARKERS.get(name.removesuffix(SOFT), "o"), color=colour(name),
-                           markeredgecolor="#222222", markeredgewidth=0.6, markersize=8, zorder=3)
+                           markeredgecolor="#222222", markeredgewidth=0.6, markersize=_size(name), zorder=3)
         if "all_data" in stats.index:
             value = 100 * stats.loc["all_data", "mean"]
             panel.axvline(value, color="black", lw=1.2, ls="--", label="all data")
@@ -143,7 +146,7 @@ def price(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figure:
             axes.plot([start, end], [y, y], color=colour(name), lw=1.6)
             axes.plot(end, y, "|", color="#222222", markersize=9)
         axes.plot(start, y, MARKERS.get(name.removesuffix(SOFT), "o"), color=colour(name), markeredgecolor="#222222",
-                  markeredgewidth=0.6, markersize=9, ls="", label=title(name), zorder=3)
+                  markeredgewidth=0.6, markersize=_size(name), ls="", label=title(name), zorder=3)
     axes.set(xscale="log", ylabel=label,
              xlabel="seconds: of the set itself (mark), and with the networks that it needs (end of the line)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -151,23 +154,36 @@ def price(table: pd.DataFrame, label: str = "test accuracy (%)") -> Figure:
     return figure
 
 
-def progress(table: pd.DataFrame) -> Figure:
-    """Each method's own loss, over its first value, against the share of its steps. table: of :func:`frames.histories`."""
+def progress(table: pd.DataFrame, columns: int = 4) -> Figure:
+    """Each method's own loss, over its first value, against the share of its steps: a panel a method, all with the same axes.
+
+    table: of :func:`dpkit.report.histories`; a set that was made several times has as many lines.
+    """
     if not len(table):
         return nothing("no method kept a history")
-    figure, axes = new(7.4, 3.8)
-    for i, name in enumerate(dict.fromkeys(table["set"])):
-        for j, (_, line) in enumerate(table[table["set"] == name].groupby("seed", sort=False)):
-            shown = {"label": title(name)} if j == 0 else {"alpha": 0.5}
-            axes.plot(100 * line["share"], line["loss"], color=colour(name), ls=LINES[i % len(LINES)], lw=1.8,
-                      marker=MARKERS.get(name, "o"), markersize=5, markevery=max(1, len(line) // 8), markeredgecolor="#444444",
-                      markeredgewidth=0.4, **shown)
-    axes.axhline(1, color="#777777", lw=0.8)
-    axes.set(yscale="log", xlabel="steps done (%)", ylabel="loss over its first value")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
+    names = list(dict.fromkeys(table["set"]))
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = new(7.4, 1.75 * rows + 0.3, columns=columns, rows=rows, sharex=True, sharey=True, squeeze=False)
+    for place, panel in enumerate(axes.flat):
+        if place >= len(names):
+            panel.axis("off")
+            axes.flat[place - columns].tick_params(labelbottom=True)
+            continue
+        lines = table[table["set"] == names[place]]
+        for _, line in lines.groupby("seed", sort=False):
+            panel.plot(100 * line["share"], line["loss"], color="#555555", lw=2.4)  # a rim, so that yellow is seen in print
+            panel.plot(100 * line["share"], line["loss"], color=colour(names[place]), lw=1.6, marker="o", markersize=2.5)
+        panel.axhline(1, color="#777777", lw=0.8, ls=":")
+        panel.set_title(title(names[place]), fontsize=9)
+        panel.tick_params(labelsize=8)
+    axes[0][0].set(yscale="log", xlim=(0, 102))
+    for axis in (axes[0][0].yaxis.set_major_formatter, axes[0][0].yaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "12357" else "")
+    for row in axes:
+        row[0].tick_params(axis="y", which="minor", labelsize=8)
+    figure.supxlabel("steps done (%)", fontsize=10)
+    figure.supylabel("loss over its first value", fontsize=10)
     return figure
 
 
@@ -203,12 +219,12 @@ def cost_table(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sharing(costs: pd.DataFrame) -> list[str]:
-    """Which sets rest on the same networks, in words, a line each: ``2 networks: herding, k-center``."""
+    """Which sets rest on the same networks, in words, a line each: ``2 networks: herding; k-center``."""
     users: dict[str, list[str]] = {}
     for name, part in costs.groupby("set", sort=False):
         for key in sorted({key for found in part["networks_of"] for key in found}):
             users.setdefault(key, []).append(title(name))
-    groups = pd.Series([", ".join(names) for names in users.values() if len(names) > 1], dtype=object).value_counts(sort=False)
+    groups = pd.Series(["; ".join(names) for names in users.values() if len(names) > 1], dtype=object).value_counts(sort=False)
     return [f"{count} network{'s' if count > 1 else ''}: {names}" for names, count in groups.items()]
 
 

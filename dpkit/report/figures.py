@@ -15,7 +15,7 @@ from dpkit.report.frames import TITLES, summary
 COLOURS = {"dense": "#000000", "all_data": "#000000", "imp": "#0072B2", "ltr": "#56B4E9", "distilled": "#D55E00",
            "random": "#8C8C8C", "idc": "#D55E00", "idc_factor1": "#E69F00", "dc": "#56B4E9", "dsa": "#0072B2", "dm": "#CC79A7",
            "mtt": "#5B1F4A", "generator": "#F0E442", "random_real": "#009E73", "herding": "#00513B", "k_center": "#9ADBC5",
-           "el2n": "#8A8F94"}
+           "el2n": "#6A6E70"}
 MARKERS = {"dense": "s", "imp": "o", "ltr": "^", "distilled": "D", "random_real": "v", "random": "x", "all_data": "s",
            "idc": "D", "idc_factor1": "d", "dc": "o", "dsa": "^", "dm": "P", "mtt": "X", "generator": "*", "herding": "<",
            "k_center": ">", "el2n": "p"}
@@ -70,7 +70,8 @@ def panels(blocks: Mapping[str, np.ndarray], labels: Sequence[str], columns: int
     rows, each = -(-len(blocks) // columns), max(1, len(labels))
     count, height, width = next(iter(blocks.values())).shape[:3]
     side = min(6.4 / columns / max(1, count // each), 0.45)  # inches of one image
-    figure, axes = new(7.4, rows * (side * each * height / width + 0.36), columns=columns, rows=rows, squeeze=False)
+    above = 0.22 + 0.19 * max(name.count("\n") + 1 for name in blocks)
+    figure, axes = new(7.4, rows * (side * each * height / width + above), columns=columns, rows=rows, squeeze=False)
     for place, panel in enumerate(axes.flat):
         panel.axis("off")
         if place < len(blocks):

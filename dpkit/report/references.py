@@ -10,14 +10,15 @@ from torch import Tensor
 from dpkit.distill import MethodSpec
 from dpkit.report.frames import TITLES
 
-IDC = "README of the IDC authors' code, snu-mllab/Efficient-Dataset-Condensation (arXiv 2205.14959)"
-PAD = "Li et al. 2024, arXiv 2408.03360, table 1"
+#: where the numbers stand, by a short name
+SOURCES = {"IDC code": "README of the IDC authors' code, github.com/snu-mllab/Efficient-Dataset-Condensation (arXiv 2205.14959)",
+           "PAD": "Li et al. 2024, Prioritize Alignment in Dataset Distillation, arXiv 2408.03360, table 1"}
 ARCH, WIDTH = "convnet3", 128  # the network of all of them
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reported accuracy in percent. ipc: stored images per class; 0 for all data."""
+    """A reported accuracy in percent. ipc: stored images per class; 0 for all data. source: of :data:`SOURCES`."""
 
     set: str
     ipc: int
@@ -31,15 +32,15 @@ def _rows(name: str, source: str, **values: float) -> list[Reference]:
 
 #: CIFAR-10, ConvNet-3 of width 128, tested on the official test images
 CIFAR10: tuple[Reference, ...] = (
-    *_rows("idc", IDC, ipc1=50.6, ipc10=67.5, ipc50=74.5),
-    *_rows("idc_factor1", IDC, ipc1=36.7, ipc10=58.3, ipc50=69.5),
-    *_rows("dc", PAD, ipc10=44.9, ipc50=53.9),
-    *_rows("dsa", PAD, ipc10=52.1, ipc50=60.6),
-    *_rows("dm", PAD, ipc10=48.9, ipc50=63.0),
-    *_rows("mtt", PAD, ipc10=65.4, ipc50=71.6),
-    *_rows("datm", PAD, ipc10=66.8, ipc50=76.1),
-    *_rows("random_real", PAD, ipc10=26.0, ipc50=43.4),
-    *_rows("all_data", PAD, ipc0=84.8),
+    *_rows("idc", "IDC code", ipc1=50.6, ipc10=67.5, ipc50=74.5),
+    *_rows("idc_factor1", "IDC code", ipc1=36.7, ipc10=58.3, ipc50=69.5),
+    *_rows("dc", "PAD", ipc10=44.9, ipc50=53.9),
+    *_rows("dsa", "PAD", ipc10=52.1, ipc50=60.6),
+    *_rows("dm", "PAD", ipc10=48.9, ipc50=63.0),
+    *_rows("mtt", "PAD", ipc10=65.4, ipc50=71.6),
+    *_rows("datm", "PAD", ipc10=66.8, ipc50=76.1),
+    *_rows("random_real", "PAD", ipc10=26.0, ipc50=43.4),
+    *_rows("all_data", "PAD", ipc0=84.8),
 )
 
 # pixel mean and standard deviation of CIFAR-10's 50,000 training images, by channel
@@ -59,7 +60,7 @@ def is_cifar10(identity: Mapping, mean: Tensor, std: Tensor) -> bool:
 
 
 def beside(ours: Mapping[str, str], ipc: int) -> pd.DataFrame:
-    """The reported accuracies, a row a set, and ours (as text, by set) in the last column but one."""
+    """The reported accuracies, a row a set, and ours (as text, by set) in the last column."""
     names = dict.fromkeys([r.set for r in CIFAR10])
     known = {(r.set, r.ipc): r for r in CIFAR10}
     sizes = sorted({r.ipc for r in CIFAR10 if r.ipc})
@@ -68,8 +69,8 @@ def beside(ours: Mapping[str, str], ipc: int) -> pd.DataFrame:
         reported = [known.get((name, size), known.get((name, 0))) for size in sizes]
         rows.append({"set": "DATM" if name == "datm" else TITLES[name],
                      **{f"{size} a class": f"{r.accuracy:.1f}%" if r else "" for size, r in zip(sizes, reported, strict=True)},
-                     f"ours, {ipc} a class": ours.get(name, "not measured"), "source of the others": next(
-                         r.source for r in reported if r)})
+                     "source": next(r.source for r in reported if r),
+                     f"ours, {ipc} a class": ours.get(name, "not measured") if name in TITLES else "not made here"})
     return pd.DataFrame(rows).set_index("set")
 
 
