@@ -264,13 +264,11 @@ def test_progress_has_a_panel_a_method_and_one_scale():
 
 def test_the_table_of_costs_says_what_is_not_known():
     table = comparison.cost_table(costs(), ONE)
-    assert table.loc["IDC", ["stored", "decoded", "time to make", "networks", "peak memory"]].tolist() == [
-        20, 80, "90.0 s", "none", "2.50 GB"]
-    assert table.loc["DM", ["time to make", "networks", "their time", "peak memory"]].tolist() == [
-        "under 0.1 s", 2, "10.0 s", "not known"]
-    assert table.loc["MTT", "test accuracy"] == "failed: not finite"
-    assert table.loc["IDC", "test accuracy"].startswith("45.0% [")
-    assert comparison.cost_table(costs(), ONE.iloc[:0]).loc["IDC", "test accuracy"] == "not measured"
+    assert table.loc["IDC"].tolist()[:-1] == [20, 80, 1, "90.0 s", "none", "2.50 GB"]
+    assert table.loc["DM"].tolist()[3:-1] == ["< 0.1 s", "2, 10.0 s", "not known"]
+    assert table.loc["MTT", "accuracy"] == "failed: not finite"
+    assert table.loc["IDC", "accuracy"] == "45.0%"
+    assert comparison.cost_table(costs(), ONE.iloc[:0]).loc["IDC", "accuracy"] == "not measured"
     assert comparison.sharing(costs()) == ["1 network: DM; random real subset"]
 
 

@@ -129,7 +129,7 @@ def read(path: str | Path, form: str = "auto", *, classes: int, image_shape: tup
         raise ValueError(f"experiment must be 0 to {experiments - 1}, the sets in {file}; got {experiment}")
     if space == "auto" and found == "mtt":
         raise ValueError(f"{where} does not say what its values are; say space whitened if it was made with --zca, "
-                         "or normalised if not")
+                         "or normalised if not (NAME=FILE@whitened, NAME=FILE@normalised)")
     if found == "mtt":
         second = _labels_file(file, labels)
         images, targets = content, _load(second)

@@ -201,20 +201,21 @@ def priced(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def cost_table(costs: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """The same as text, a row a set, with memory and sizes; a set that failed says why where its accuracy would stand."""
+    """The same as text, a row a set, with memory and sizes; a set that failed says why where its mean accuracy would stand."""
     stats = ranked(table).set_index("set") if len(table) else pd.DataFrame()
     rows = []
     for name, part in costs.groupby("set", sort=False):
         good = part[part["failed"].isna()]
         if not len(good):
-            rows.append((title(name), *[""] * 7, f"failed: {part['failed'].iloc[0]}"))
+            rows.append((title(name), *[""] * 6, f"failed: {part['failed'].iloc[0]}"))
             continue
         row = good.iloc[0]
         rows.append((title(name), int(row["stored_images"]), int(row["training_images"]), len(good),
-                     _time(good["own_seconds"].mean()), int(row["networks"]) or "none",
-                     _time(good["network_seconds"].mean()) if row["networks"] else "",
-                     f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else "not known", _accuracy(stats, name)))
-    columns = ["set", "stored", "decoded", "made", "time to make", "networks", "their time", "peak memory", "test accuracy"]
+                     _time(good["own_seconds"].mean()),
+                     f"{row['networks']}, {_time(good['network_seconds'].mean())}" if row["networks"] else "none",
+                     f"{row['memory'] / 1e9:.2f} GB" if row["memory"] else "not known",
+                     _accuracy(stats, name).split("%")[0] + "%" if name in stats.index else "not measured"))
+    columns = ["set", "stored", "decoded", "made", "time", "networks", "memory", "accuracy"]
     return pd.DataFrame(rows, columns=columns).set_index("set")
 
 
@@ -229,7 +230,7 @@ def sharing(costs: pd.DataFrame) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    return "under 0.1 s" if seconds < 0.1 else value_text(seconds, "seconds")
+    return "< 0.1 s" if seconds < 0.1 else value_text(seconds, "seconds")
 
 
 def _accuracy(stats: pd.DataFrame, name: str) -> str:

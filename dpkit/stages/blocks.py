@@ -4,6 +4,7 @@ Nothing is computed here: keys follow from specifications.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from typing import Any
@@ -13,7 +14,7 @@ from dpkit.distill import spec_of as distill_spec
 from dpkit.models import count_prunable
 from dpkit.prune import survivors
 from dpkit.stages.costs import shipped_seconds
-from dpkit.stages.features import allowed_images, image_memory
+from dpkit.stages.features import allowed_images, needed_memory
 from dpkit.stages.study import ARMS, SETS, SOFT, Study
 from dpkit.stages.unit import Unit
 from dpkit.tree import seed_for
@@ -105,13 +106,12 @@ class Blocks:
         """The unit within the study's memory bound; raises ``ValueError`` if it does not fit into that at all."""
         if not self.study.distill_memory:
             return unit
-        allowed = allowed_images(unit.spec, self.study.distill_memory * 1e9)
-        spec = distill_spec(unit.spec["distill"])
+        bound, spec = self.study.distill_memory, distill_spec(unit.spec["distill"])
         least = spec.fewest(self.identity["classes"])
-        if least > allowed:
-            need = (self.study.distill_memory * 1e9 + (least - allowed) * image_memory(unit.spec)) / 1e9
-            raise ValueError(f"distill_memory must be at least {need:.2f} gigabytes for {unit.label}, got "
-                             f"{self.study.distill_memory:g}; raise it, or lower {spec.lower()} or width")
+        if (need := needed_memory(unit.spec, least)) > 1e9 * bound:
+            raise ValueError(f"distill_memory must be at least {math.ceil(need / 1e7) / 100:.2f} gigabytes for {unit.label}, got "
+                             f"{bound:g}; raise it, or lower {spec.lower()} or width")
+        allowed = allowed_images(unit.spec, 1e9 * bound)
         return replace(unit, held=allowed)
 
     def _networks_for(self, which: str) -> tuple[dict[str, Unit], list[int]]:

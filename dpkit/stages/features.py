@@ -317,11 +317,13 @@ def image_memory(spec: Mapping[str, Any]) -> float:
     return 4 * SCATTER * sizes(model_of(spec)).activations
 
 
-def allowed_images(spec: Mapping[str, Any], bound: float) -> float:
-    """How many images' activations a distillation may hold so that its process stays within ``bound`` bytes; 0 or more.
-
-    What the process, the data set as it is and normalised, and the weights take comes first.
-    """
+def needed_memory(spec: Mapping[str, Any], held: float) -> float:
+    """Bytes of a process that distils and holds the activations of so many images at once."""
     data, net = spec["data"], sizes(model_of(spec))
-    around = BASE_MEMORY + 5 * _pixels(data) * (data["train"] + data["test"]) + 24 * (net.parameters + net.buffers)
-    return max(0.0, (bound - around) / image_memory(spec))
+    loaded = 5 * _pixels(data) * (data["train"] + data["test"])  # as bytes and normalised
+    return BASE_MEMORY + loaded + 24 * (net.parameters + net.buffers) + held * image_memory(spec)
+
+
+def allowed_images(spec: Mapping[str, Any], bound: float) -> float:
+    """How many images' activations a distillation may hold so that its process stays within ``bound`` bytes; 0 or more."""
+    return max(0.0, (bound - needed_memory(spec, 0.0)) / image_memory(spec))

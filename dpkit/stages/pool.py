@@ -24,7 +24,7 @@ from dpkit.stages.execute import failure_kind, make
 from dpkit.stages.unit import Context, Unit
 from dpkit.store import Store
 
-LOWER = "lower batch_size, width, ipc or hessian_images, or take a machine with more memory"
+LOWER = "lower batch_size, width, ipc or hessian_images, set distill_memory, or take a machine with more memory"
 
 
 class Schedule(Protocol):
