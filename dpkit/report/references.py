@@ -3,11 +3,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
 
-from dpkit.distill import MethodSpec
 from dpkit.report.frames import TITLES
 
 #: where the numbers stand, by a short name
@@ -74,12 +74,12 @@ def beside(ours: Mapping[str, str], ipc: int) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("set")
 
 
-def steps(spec: MethodSpec) -> int:
-    """Image steps (or a generator's training steps) that a method takes; 0 where nothing is learned."""
+def steps(spec: Any) -> int:
+    """Image steps (or a generator's training steps) that a method's specification asks for; 0 where nothing is learned."""
     return getattr(spec, "outer", 1) * getattr(spec, "inner", 0) or getattr(spec, "steps", 0)
 
 
-def departures(asked: Mapping[str, MethodSpec], arch: str, width: int, identity: Mapping) -> list[str]:
+def departures(asked: Mapping[str, Any], arch: str, width: int, identity: Mapping) -> list[str]:
     """In what ours differs from the setting of the reported numbers, in words: network, images, steps of each method."""
     found = []
     if (arch, width) != (ARCH, WIDTH):
