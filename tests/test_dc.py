@@ -43,6 +43,13 @@ def test_settings_come_back_from_their_record(spec):
         distill.spec_of({"method": "gan"})
 
 
+def test_lower_precision_is_offered_where_it_was_measured():
+    assert IDCSpec(precision="bf16").precision == "bf16"
+    for spec in (DCSpec, DSASpec):
+        with pytest.raises(ValueError, match="precision must be one of fp32; got 'bf16'"):
+            spec(precision="bf16")
+
+
 def test_all_weights_are_matched_and_nothing_else():
     assert matched_names(MODEL, "weights") == models.prunable(MODEL)
     assert set(matched_names(MODEL, "weights")) - set(matched_names(MODEL)) == {"classifier.weight"}

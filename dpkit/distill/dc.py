@@ -8,6 +8,7 @@ augmentation for the real and the synthetic images of a class, and starts from r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dpkit.data import AugmentSpec
 from dpkit.distill.interface import Made, Task
@@ -24,6 +25,7 @@ class DCSpec(MatchingSpec):
     """
 
     method = "dc"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)  # bf16 has been measured for IDC only
     distance: str = "cosine"
     real_batch: int = 256
     augment: AugmentSpec = field(default_factory=lambda: AugmentSpec(operations=""))

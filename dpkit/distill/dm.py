@@ -24,7 +24,6 @@ from dpkit.models.network import family
 from dpkit.tree import Buffers, Params
 
 STARTS = ("real", "noise")
-PRECISIONS = ("fp32", "bf16")
 EVERY = 50  # steps between two checkpoints, each of which waits for the device
 REAL_SHARE = 0.5  # peak memory of a forward pass without a graph, in that of a plain backward pass (measured 0.47, ConvNet-3)
 
@@ -37,7 +36,7 @@ class DMSpec(MethodSpec):
     over the coordinates of the embedding; narrow networks have few coordinates and want a larger one. momentum: of the image
     steps. real_batch: real images a class and step, all of them where a class has fewer. augment: operations joined by ``_``,
     drawn once a class and step for real and synthetic images alike; empty for none. start: ``real`` images of the class or
-    standard normal ``noise``. precision: ``fp32``, or ``bf16`` for the networks.
+    standard normal ``noise``.
     """
 
     method: ClassVar[str] = "dm"
@@ -47,7 +46,6 @@ class DMSpec(MethodSpec):
     real_batch: int = 256
     augment: str = "color_crop_cutout_flip_scale_rotate"
     start: str = "real"
-    precision: str = "fp32"
 
     def check(self) -> None:
         super().check()
@@ -56,7 +54,6 @@ class DMSpec(MethodSpec):
         self.require(self.lr > 0 and math.isfinite(self.lr), f"lr must be > 0, got {self.lr:g}")
         self.between("momentum", 0, 1, open_high=True)
         self.one_of("start", STARTS)
-        self.one_of("precision", PRECISIONS)
         self.augmentation  # noqa: B018 - checks the names
 
     @property
@@ -95,24 +92,22 @@ def stored(task: Task, images: Tensor, ipc: int) -> Split:
     return Split(pixels, torch.arange(task.model.classes).repeat_interleave(ipc))
 
 
-def embedding(model: ModelSpec, params: Params, buffers: Buffers, x: Tensor, precision: str = "fp32") -> Tensor:
-    """The classifier's input (N, D) float32 in train mode: BatchNorm takes the statistics of the batch ``x`` (N, C, S, S)."""
-    with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        found = family(model).features(model, params, x, Normaliser(model.norm_kind, params, buffers, train=True))
-    return found.float() if precision == "bf16" else found
+def embedding(model: ModelSpec, params: Params, buffers: Buffers, x: Tensor) -> Tensor:
+    """The classifier's input (N, D) in train mode: BatchNorm takes the statistics of the batch ``x`` (N, C, S, S)."""
+    return family(model).features(model, params, x, Normaliser(model.norm_kind, params, buffers, train=True))
 
 
-def distances(model: ModelSpec, params: Params, buffers: Buffers, real: Sequence[Tensor], images: Tensor,
-              precision: str = "fp32") -> Tensor:
+def distances(model: ModelSpec, params: Params, buffers: Buffers, real: Sequence[Tensor],
+              images: Tensor) -> Tensor:
     """Squared distance between the mean embeddings of each class, (G,), differentiable in ``images`` (the paper's loss).
 
     real: G tensors (B_g, C, S, S); images: (G, M, C, S, S); all normalised and augmented. BatchNorm sees the real images of all
     G classes as one batch and the others as a second one, as published.
     """
     with torch.no_grad():
-        parts = embedding(model, params, buffers, torch.cat(list(real)), precision).split([len(x) for x in real])
+        parts = embedding(model, params, buffers, torch.cat(list(real))).split([len(x) for x in real])
         target = torch.stack([part.mean(0) for part in parts])
-    found = embedding(model, params, buffers, images.flatten(0, 1), precision).view(*images.shape[:2], -1).mean(1)
+    found = embedding(model, params, buffers, images.flatten(0, 1)).view(*images.shape[:2], -1).mean(1)
     return (found - target).square().sum(1)
 
 
@@ -147,7 +142,7 @@ def dm(spec: DMSpec, task: Task) -> Made:
             batch = normalise(real[torch.cat([rows[c] for c in group]).to(device)], mean, std)
             batch = _same(spec, batch, shared, group, sizes).split(sizes)
             fake = _same(spec, own.flatten(0, 1), shared, group, [spec.ipc] * len(group)).view(own.shape)
-            loss = distances(model, params, buffers, batch, fake, spec.precision).sum()
+            loss = distances(model, params, buffers, batch, fake).sum()
             found, = torch.autograd.grad(loss, own)
             gradient.view(model.classes, spec.ipc, *images.shape[1:])[group] = found
             total = total + loss.detach()

@@ -24,7 +24,7 @@ from torch import Tensor
 from dpkit import tree
 from dpkit.data import AugmentSpec, apply, draw
 from dpkit.data.augment import Draw
-from dpkit.distill.dm import PRECISIONS, STARTS, starting, stored
+from dpkit.distill.dm import STARTS, starting, stored
 from dpkit.distill.interface import Made, MethodSpec, Task
 from dpkit.models import ModelSpec
 from dpkit.training.gradient import loss
@@ -46,8 +46,7 @@ class MTTSpec(MethodSpec):
     plain SGD on synthetic images. expert_epochs: how many epochs later the student should arrive. batch: images of a student
     step, 0 for all; they pass in shuffled order, a new one after all had their turn. lr_img: of the normalised images. lr:
     of the student at first. lr_lr: of that rate. momentum: of both. augment: operations joined by ``_``, drawn for each image
-    and student step, empty for none. start: ``real`` images of the class or standard normal ``noise``. precision: ``fp32``,
-    or ``bf16`` for the networks.
+    and student step, empty for none. start: ``real`` images of the class or standard normal ``noise``.
     """
 
     method: ClassVar[str] = "mtt"
@@ -62,7 +61,6 @@ class MTTSpec(MethodSpec):
     momentum: float = 0.5
     augment: str = "color_crop_cutout_flip_scale_rotate"
     start: str = "real"
-    precision: str = "fp32"
 
     def check(self) -> None:
         super().check()
@@ -75,7 +73,6 @@ class MTTSpec(MethodSpec):
         self.require(self.lr_lr >= 0 and math.isfinite(self.lr_lr), f"lr_lr must be >= 0, got {self.lr_lr:g}")
         self.between("momentum", 0, 1, open_high=True)
         self.one_of("start", STARTS)
-        self.one_of("precision", PRECISIONS)
         self.augmentation  # noqa: B018 - checks the names
 
     @property
@@ -170,7 +167,7 @@ class Student:
         if self.spec.augment:
             x = apply(self.spec.augmentation, x, batch.shared)
         leaf, entry = weights.detach().requires_grad_(), x.detach().requires_grad_()
-        value, _ = loss(self.model, tree.unflatten(leaf, self.like), self.buffers, entry, self.targets[rows], self.spec.precision)
+        value, _ = loss(self.model, tree.unflatten(leaf, self.like), self.buffers, entry, self.targets[rows], "fp32")
         gradient, = torch.autograd.grad(value, leaf, create_graph=True)
         return leaf, (own, x), entry, gradient
 
