@@ -21,6 +21,11 @@ class Guard:
             raise ImportError(f"{name} is not on a bare machine")
 
 sys.meta_path.insert(0, Guard())
+
+# what asks whether a package is there, instead of importing it, gets no for an answer
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in Guard.refused else found(name, package)
 from dpkit.cli import main
 main()
 """
@@ -34,7 +39,7 @@ TINY = ["train_images=200", "test_images=40", "width=2", "epochs=1", "ipc=1", "d
 def test_computing_needs_the_core_dependencies_only(tmp_path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {line.split(">")[0].split("<")[0].strip() for line in project["optional-dependencies"]["study"]}
-    modules = {name.replace("-", "_").lower() for name in extra} - {"pillow"} | {"PIL", "IPython", "jupyter", "sphinx"}
+    modules = {name.replace("-", "_").lower() for name in extra} - {"pillow"} | {"IPython", "jupyter", "sphinx"}
     assert {"papermill", "matplotlib", "snakemake", "scipy"} <= modules
     environment = os.environ | {"DPKIT_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
 

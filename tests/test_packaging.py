@@ -1,6 +1,7 @@
 """The files that describe the project agree with each other: dependencies, pins, versions, commands."""
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tomllib
@@ -120,3 +121,13 @@ def test_continuous_integration_runs_make_test():
     assert script.stat().st_mode & 0o111
     assert "make test" in script.read_text(encoding="utf-8")
     assert subprocess.run(["bash", "-n", str(script)], timeout=30).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "distillers").rglob("*.ipynb")), ids=lambda p: p.parent.name)
+def test_chapters_recorded_apart_are_those_of_today(path):
+    """A copy of a chapter that was executed for a page of its own has the cells of its source."""
+    def cells(file):
+        found = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        return ["".join(c["source"]) for c in found if "injected-parameters" not in c["metadata"].get("tags", [])]
+
+    assert cells(path) == cells(ROOT / "notebooks" / path.name)

@@ -107,7 +107,8 @@ def soften(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Out
         logits = torch.cat([models.forward(model, *network_of(teacher), x)[0] for x in decoded.split(500)])
     soft = torch.softmax(logits.double() / spec["temperature"], 1).float()
     agree = float((soft.argmax(1) == read_set(images).hard_labels()).double().mean())
-    return Output(dict(images.tensors) | {"soft": soft}, dict(images.result) | {"temperature": spec["temperature"],
+    kept = {name: t for name, t in images.tensors.items() if name != "before"}
+    return Output(kept | {"soft": soft}, dict(images.result) | {"temperature": spec["temperature"],
                                                                                  "teacher_agrees": agree})
 
 
