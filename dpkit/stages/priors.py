@@ -1,9 +1,9 @@
 """Seconds for each amount of work before a store has timings of its own; see :mod:`dpkit.stages.costs`.
 
 The table for processors was measured on two cores of an AMD EPYC (Zen 5), torch 2.13, one thread a process, memory kept: units
-of every kind at several sizes of network, data set and schedule, fitted as a store's own timings are. `dpkit predict
---coefficients` prints such a table from any store. The other constants here are estimates, each of which a store's own timings
-soon outweigh; the table for GPUs is one of them.
+of every kind at several sizes of network, data set and schedule, fitted as a store's own timings are (DM, MTT and the diffusion
+model: two settings each). `dpkit predict --coefficients` prints such a table from any store. The other constants here are
+estimates, each of which a store's own timings soon outweigh; the table for GPUs is one of them.
 """
 
 #: the processor that the table below was measured on
@@ -12,9 +12,12 @@ PROCESSOR = "AMD EPYC"
 #: seconds for each amount, by kind; amounts as in :class:`dpkit.stages.features.Features`
 CPU: dict[str, dict[str, float]] = {
     "choose": {"unit": 0.0022, "gflop": 0.018},
+    "dm/fp32": {"unit": 0.02, "step": 0.018, "gflop": 0.0024, "gbyte": 0.29, "norm gbyte": 0.094, "augmented mpixel": 0.004},
+    "generator/fp32": {"unit": 2.0, "step": 0.014, "gflop": 0.00145},
     "hessian/float32": {"unit": 0.0072, "step": 0.0031, "gflop": 0.006, "gbyte": 0.18, "norm gbyte": 0.098},
     "idc/fp32": {"unit": 0.033, "step": 0.034, "gflop": 0.0036, "gbyte": 0.44, "norm gbyte": 0.14, "network step": 0.0045,
                  "network gflop": 0.027, "augmented mpixel": 0.0059},
+    "mtt": {"unit": 0.1, "step": 0.008, "gflop": 0.0022, "gbyte": 0.36, "norm gbyte": 0.11},
     "network/bf16": {"unit": 0.0083, "step": 0.0017, "gflop": 0.0059, "gbyte": 0.29, "norm gbyte": 0.17,
                      "augmented step": 0.0008, "augmented mpixel": 0.0033, "test gflop": 0.016},
     "network/bf16+compile": {"unit": 0.0052, "step": 0.00091, "gflop": 0.0019, "gbyte": 0.096, "norm gbyte": 0.096,
@@ -33,6 +36,9 @@ CUDA: dict[str, dict[str, float]] = {
     "idc": {"unit": 0.5, "step": 0.2, "gflop": 5e-5, "gbyte": 1e-3, "network step": 8e-3, "network gflop": 5e-5,
             "augmented mpixel": 1e-5},
     "choose": {"unit": 0.05, "gflop": 1e-4},
+    "dm": {"unit": 0.5, "step": 0.03, "gflop": 5e-5, "gbyte": 1e-3, "augmented mpixel": 1e-5},
+    "mtt": {"unit": 0.5, "step": 0.03, "gflop": 5e-5, "gbyte": 1e-3},
+    "generator": {"unit": 2.0, "step": 0.06, "gflop": 5e-5},
     "ticket": {"unit": 0.02, "mweight": 0.05},
     "path": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
     "plane": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
