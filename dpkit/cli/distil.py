@@ -89,7 +89,7 @@ def export(name: Name, path: Annotated[Path, typer.Argument(help="a folder (one 
     if form == "png" and path.suffix.lower() not in ("", ".png"):
         raise ValueError(f"form png writes a .png or a folder of them, got {path}")
     file = path / FILES[form] if form in FILES and (path.is_dir() or not path.suffix) else path
-    images, stored = tensors["images"], {"form": form, "space": "whitened" if recipe["space"] == "whitened" else "pixels"}
+    images, stored = tensors["images"], {"form": form, "space": "whitened" if recipe.get("space") == "whitened" else "pixels"}
     folder = file if form == "png" and file.suffix.lower() != ".png" else file.parent
     record = _Recipe(folder / "recipe.json", _described(chosen, seed, artifact), overwrite)
     if form == "png":
@@ -235,7 +235,7 @@ def _shown(store, unit) -> None:
                            f"{PREFIXES.get(method, method)}_)")
     meta, found = artifact.meta, artifact.result
     decoded = f"decoded into {found['training_images']}" if found["factor"] > 1 else "each one training image"
-    learned = ", ".join(f"{k} {v:.3g}" for k, v in found["recipe"]["learned"].items())
+    learned = ", ".join(f"{k} {v:.3g}" for k, v in found["recipe"].get("learned", {}).items())
     out.print(f"{escape(unit.label)}\n  key       {artifact.key}\n  images    {found['stored_images']} stored, {decoded}"
               f"{f'; learned with them: {learned}' if learned else ''}")
     peak = f", at most {size(meta['peak_memory'])} of memory" if meta.get("peak_memory") else ""
@@ -268,7 +268,7 @@ def _misfit(name: str, form: str, artifact) -> str:
     if "soft" in tensors or tensors["labels"].dim() > 1:
         hard = f"export {name.removesuffix('_soft')}, or " if "soft" in tensors else ""
         return f"set {name} has soft labels, and form {form} holds class numbers only; {hard}look at it with --form png"
-    if recipe["space"] == "whitened" and form != "mtt":
+    if recipe.get("space") == "whitened" and form != "mtt":
         return f"set {name} is whitened, which only form mtt holds (as after --zca); use --form mtt, or png to look at it"
     if factor > 1 and form != "idc":
         return (f"set {name} stores mosaics of {factor} x {factor} images, which only form idc holds; use --form idc, or make it "
@@ -283,14 +283,14 @@ def _statistics(form: str, dataset: str, recipe: Mapping[str, Any]):
     from dpkit.distill import published
 
     mean, std = torch.tensor(recipe["mean"]), torch.tensor(recipe["std"])
-    if recipe["space"] == "whitened":
+    if recipe.get("space") == "whitened":
         return torch.zeros_like(mean), torch.ones_like(std)
     return published.authors_statistics(form, dataset) or (mean, std)
 
 
 def _as_pixels(images, recipe: Mapping[str, Any], unit):
     """Stored images as pixels to look at."""
-    if recipe["space"] != "whitened":
+    if recipe.get("space") != "whitened":
         return images
     from dpkit import data, project
     from dpkit.data import zca

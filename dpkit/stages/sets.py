@@ -99,7 +99,7 @@ def soften(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Out
     """
     teacher, images, spec = parents["teacher"], parents["set"], unit.spec
     model, dataset = ModelSpec(**spec["model"]), context.dataset(unit.data)
-    space = images.result["recipe"]["space"]
+    space = images.result["recipe"].get("space", "pixels")
     if space != "pixels":
         raise ValueError(f"soft labels need images as pixels, which the teacher knows; this set is {space}")
     decoded = normalise(read_set(images).images, dataset.mean, dataset.std)
