@@ -248,7 +248,8 @@ def test_small_sets_of_every_sort_are_compared(checkout, tmp_path):
     assert chapter.sign("distill.idc_minus_idc_factor1.accuracy") == "not decided"
     assert chapter.sign("distill.idc_minus_dsa.accuracy") == "not measured"
     written = {path.stem for path in (tmp_path / "out" / "figures").glob("*.png")}
-    assert written == {"images", "before-after", "idc-images", "accuracy", "soft-labels", "architectures", "price", "matching"}
+    assert written == {"set-images", "before-after", "idc-images", "set-accuracy", "soft-labels", "architectures", "price",
+                       "matching"}
 
 
 def test_a_set_that_could_not_be_made_is_shown_as_failed(checkout, tmp_path):
