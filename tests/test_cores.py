@@ -21,10 +21,10 @@ told = cores.keep_memory() if sys.argv[1] == "keep" else None
 x = torch.linspace(-1, 1, 12_000_000)
 def work():
     return float((x * 2 + 1).sin().sum())
-for _ in range(3):
+for _ in range(5):
     work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-values = [work() for _ in range(5)]
+values = [work() for _ in range(30)]
 print(json.dumps([told, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, values]))
 """
 
@@ -38,7 +38,7 @@ def measured(word):
 def test_kept_memory_is_faulted_in_far_less_often_and_changes_no_bit():
     (_, faults, values), (told, kept, same) = measured("leave"), measured("keep")
     assert told is True
-    assert kept < faults / 2, f"{kept} page faults with memory kept, {faults} without"
+    assert kept < faults / 10, f"{kept} page faults with memory kept, {faults} without"
     assert same == values
 
 
