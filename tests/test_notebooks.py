@@ -31,7 +31,7 @@ def cells(path: Path, kind: str = "code") -> list:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 def test_there_are_seven_in_reading_order():
-    assert STEMS == ["01-data", "02-distillation", "03-tickets", "04-connectivity", "05-landscape", "06-hessian", "07-verdicts"]
+    assert STEMS == ["01-data", "02-distillation", "03-tickets", "06-connectivity", "07-landscape", "08-hessian", "09-verdicts"]
     assert list(notebooks.sources()) == STEMS
 
 

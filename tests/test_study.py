@@ -121,7 +121,7 @@ def test_a_second_run_makes_nothing_and_executes_nothing(study):
 
 def test_a_notebook_that_was_deleted_is_executed_again_from_the_store_to_the_same_bytes(study):
     with study.alone():
-        last = study.folder / "07-verdicts.ipynb"
+        last = study.folder / "09-verdicts.ipynb"
         before, stamps, content = keys(study.store), times(study.folder), last.read_bytes()
         record = (study.folder / "numbers.jsonl").read_bytes()
         last.unlink()
@@ -130,7 +130,7 @@ def test_a_notebook_that_was_deleted_is_executed_again_from_the_store_to_the_sam
         assert last.read_bytes() == content
         assert (study.folder / "numbers.jsonl").read_bytes() == record
         assert {name for name, stamp in times(study.folder).items() if stamps[name] != stamp} == {
-            "07-verdicts.ipynb", "numbers.jsonl", "verdicts.json"}
+            "09-verdicts.ipynb", "numbers.jsonl", "verdicts.json"}
 
 
 def test_a_share_makes_its_part_with_equal_bits_and_no_more(study, tmp_path):
@@ -195,8 +195,8 @@ def test_a_record_is_stale_when_something_behind_it_changed(study, record, place
 
 
 def test_a_record_is_stale_when_a_notebook_is_missing(study, record):
-    (record / "05-landscape.ipynb").unlink()
-    assert studies.stale(record) == ["the executed 05-landscape is missing"]
+    (record / "07-landscape.ipynb").unlink()
+    assert studies.stale(record) == ["the executed 07-landscape is missing"]
 
 
 def test_other_data_do_not_make_a_record_stale(study, record):
