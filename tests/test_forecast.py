@@ -11,6 +11,7 @@ from test_costs import everything, study
 from dpkit.progress import outlook, size, span
 from dpkit.stages import Progress, closure, compute, forecast, missing, run
 from dpkit.stages import features as feats
+from dpkit.stages import footprint
 from dpkit.store import Store, machine
 
 
@@ -74,7 +75,7 @@ def test_a_forecast_adds_up(store):
     assert one.seconds / 2 < two.seconds < one.seconds
     assert two.low < two.seconds < two.high
     assert two.memory > one.memory
-    assert two.disk == one.disk == sum(feats.disk(u.stage, u.spec, {r: p.spec for r, p in u.parents.items()})
+    assert two.disk == one.disk == sum(footprint.disk(u.stage, u.spec, {r: p.spec for r, p in u.parents.items()})
                                        for u in todo.values())
     nothing = forecast.of(store, {})
     assert (nothing.seconds, nothing.disk, nothing.units) == (0, 0, 0)

@@ -11,7 +11,7 @@ from dpkit import data, distill, models, training
 from dpkit.data import Split, normalise, zca
 from dpkit.distill import METHODS, export, published
 from dpkit.models import ModelSpec
-from dpkit.stages import FRAMES, closure, compute, features, run
+from dpkit.stages import FRAMES, closure, compute, footprint, run
 from dpkit.stages.make import initial
 from dpkit.stages.sets import network_of, read_set, trajectories
 from dpkit.stages.study import SETS
@@ -218,17 +218,17 @@ def test_a_file_that_changed_after_planning_is_refused(theirs, store):
 @pytest.mark.parametrize("name", SETS)
 def test_the_memory_of_every_set_is_known_before(name):
     unit = plan().small_set(name, 0)
-    need = features.memory(unit.stage, unit.spec, {role: p.spec for role, p in unit.parents.items()})
+    need = footprint.memory(unit.stage, unit.spec, {role: p.spec for role, p in unit.parents.items()})
     assert 3e8 < need < 3e9
     wide = plan(width=12).small_set(name, 0)
-    assert features.memory(wide.stage, wide.spec, {role: p.spec for role, p in wide.parents.items()}) >= need
+    assert footprint.memory(wide.stage, wide.spec, {role: p.spec for role, p in wide.parents.items()}) >= need
 
 
 def test_a_bound_on_memory_reaches_the_method_and_refuses_what_cannot_fit():
     free, bound = plan().small_set("idc", 0), plan(distill_memory=2.0).small_set("idc", 0)
     assert free.key == bound.key  # it changes no result
     assert free.held is None
-    assert bound.held == pytest.approx(features.allowed_images(bound.spec, 2e9))
+    assert bound.held == pytest.approx(footprint.allowed_images(bound.spec, 2e9))
     with pytest.raises(ValueError, match=r"distill_memory must be at least 0\.\d\d gigabytes for small set idc, got 0.1; raise "
                                          r"it, or lower real_batch, synthetic_batch or network_batch or width"):
         plan(distill_memory=0.1).small_set("idc", 0)

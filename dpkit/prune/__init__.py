@@ -1,8 +1,14 @@
-"""Pruning: masks with exact counts, and the loop that finds them."""
-from dpkit.prune.iterate import PruneSpec, Ticket, iterate, next_ticket, rewind
+"""Pruning: masks with exact counts, the loop that finds them, scores, controls, and how much masks agree."""
+from dpkit.prune.allocation import ALLOCATIONS, SPARES, keep, shares, spared
+from dpkit.prune.compare import Comparison, compare, distances, early_bird
+from dpkit.prune.controls import reinit, shuffle_mask, shuffled, signs
+from dpkit.prune.effective import effective
+from dpkit.prune.iterate import SCOPES, PruneSpec, Ticket, iterate, next_ticket, norm_names, rewind, select
 from dpkit.prune.masks import (
     apply,
+    check,
     check_fraction,
+    check_model,
     collapsed,
     density,
     full,
@@ -16,7 +22,10 @@ from dpkit.prune.masks import (
     surviving,
     survivors,
 )
+from dpkit.prune.scores import grasp, snip, synflow, synflow_scores
 
-__all__ = ["PruneSpec", "Ticket", "apply", "check_fraction", "collapsed", "density", "full", "iterate", "jaccard",
-           "keep_highest", "magnitude", "next_ticket", "prune", "random_scores", "rewind", "size", "sparsity", "surviving",
-           "survivors"]
+__all__ = ["ALLOCATIONS", "SCOPES", "SPARES", "Comparison", "PruneSpec", "Ticket", "apply", "check", "check_fraction",
+           "check_model", "collapsed", "compare", "density", "distances", "early_bird", "effective", "full", "grasp",
+           "iterate", "jaccard", "keep", "keep_highest", "magnitude", "next_ticket", "norm_names", "prune", "random_scores",
+           "reinit", "rewind", "select", "shares", "shuffle_mask", "shuffled", "signs", "size", "snip", "spared", "sparsity",
+           "surviving", "survivors", "synflow", "synflow_scores"]

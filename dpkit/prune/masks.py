@@ -1,13 +1,17 @@
 """Masks with exact counts: which weights survive."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from dpkit import models
+from dpkit.models.layers import Weight
+from dpkit.models.network import family
 from dpkit.tree import Mask, Params, flatten, unflatten
+
+NAN = "scores must be numbers, got NaN; did the training diverge?"
 
 
 def full(model: models.ModelSpec, params: Params) -> Mask:
@@ -71,7 +75,7 @@ def keep_highest(scores: Params, mask: Mask, count: int) -> Mask:
     """
     flat, alive = flatten(scores, mask), flatten(mask)
     if bool(torch.isnan(flat[alive]).any()):
-        raise ValueError("scores must be numbers, got NaN; did the training diverge?")
+        raise ValueError(NAN)
     if not 1 <= count <= int(alive.sum()):
         raise ValueError(f"count must lie in [1, {int(alive.sum())}], the surviving weights; got {count}")
     places = torch.nonzero(alive).flatten()
@@ -93,13 +97,43 @@ def apply(params: Params, mask: Mask) -> Params:
 
 
 def check(mask: Mask, params: Params) -> None:
-    """Raise ``ValueError`` unless every tensor of the mask fits a parameter."""
+    """Raise ``ValueError`` unless every tensor of the mask fits a parameter; the line names what either side lacks.
+
+    A mask may leave weights out, which are then whole; :func:`check_model` wants all of them.
+    """
+    unknown = [name for name in mask if name not in params]
+    if unknown:
+        missing = [name for name, t in params.items() if t.dim() > 1 and name not in mask]
+        raise ValueError(f"mask names {listed(unknown)}, which the network has not, "
+                         f"{f'and leaves out {listed(missing)}' if missing else f'it has {listed(params)}'}; "
+                         "use a mask of this architecture")
     for name, m in mask.items():
-        if name not in params:
-            raise ValueError(f"mask names {name!r}, the network has {', '.join(params)}; use a mask of this architecture")
         if m.shape != params[name].shape:
             raise ValueError(f"mask of {name} is {tuple(m.shape)}, the weight is {tuple(params[name].shape)}; "
                              "use a mask of this architecture and width")
+
+
+def check_model(mask: Mask, model: models.ModelSpec) -> None:
+    """Raise ``ValueError`` unless the mask is boolean and covers exactly the prunable weights of ``model``, in their shapes."""
+    shapes = {f"{layer.name}.weight": layer.shape for layer in family(model).table(model) if isinstance(layer, Weight)}
+    lacks, knows_not = [n for n in shapes if n not in mask], [n for n in mask if n not in shapes]
+    if lacks or knows_not:
+        sides = [f"lacks {listed(lacks)}"] * bool(lacks)
+        sides += [f"has {listed(knows_not)}, which {model.arch} has not"] * bool(knows_not)
+        raise ValueError(f"mask must cover the prunable weights of {model.arch}, but it {' and '.join(sides)}; "
+                         "use a mask of this architecture")
+    for name, m in mask.items():
+        if tuple(m.shape) != shapes[name]:
+            raise ValueError(f"mask of {name} is {tuple(m.shape)}, the weight of {model.arch} with width {model.width} is "
+                             f"{shapes[name]}; use a mask of this architecture, width and image size")
+        if m.dtype != torch.bool:
+            raise ValueError(f"mask of {name} must be boolean, got {m.dtype}; compare with zero first")
+
+
+def listed(names: Collection[str], most: int = 3) -> str:
+    """The first ``most`` names in quotes, and how many more there are."""
+    shown = ", ".join(repr(name) for name in list(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def collapsed(mask: Mask) -> Sequence[str]:

@@ -8,17 +8,20 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dpkit.report.frames import TITLES, summary
+from dpkit.report.arms import called, split
+from dpkit.report.frames import summary
 
 #: one colour an arm or set everywhere: those of Okabe and Ito (2008), told apart by colour-blind readers, and shades of them.
 #: Learned sets differ in hue, chosen ones are green or grey
 COLOURS = {"dense": "#000000", "all_data": "#000000", "imp": "#0072B2", "ltr": "#56B4E9", "distilled": "#D55E00",
            "random": "#8C8C8C", "idc": "#D55E00", "idc_factor1": "#E69F00", "dc": "#56B4E9", "dsa": "#0072B2", "dm": "#CC79A7",
            "mtt": "#5B1F4A", "generator": "#F0E442", "random_real": "#009E73", "herding": "#00513B", "k_center": "#9ADBC5",
-           "el2n": "#6A6E70"}
+           "el2n": "#6A6E70", "distilled_pretrained": "#8B3A00", "combined": "#E69F00", "large_batch": "#009E73",
+           "early_stopped": "#CC79A7", "one_shot": "#E69F00", "snip": "#0072B2", "grasp": "#E69F00", "synflow": "#009E73"}
 MARKERS = {"dense": "s", "imp": "o", "ltr": "^", "distilled": "D", "random_real": "v", "random": "x", "all_data": "s",
            "idc": "D", "idc_factor1": "d", "dc": "o", "dsa": "^", "dm": "P", "mtt": "X", "generator": "*", "herding": "<",
-           "k_center": ">", "el2n": "p"}
+           "k_center": ">", "el2n": "p", "distilled_pretrained": "d", "combined": "h", "large_batch": "s", "early_stopped": "p",
+           "one_shot": "P", "snip": "^", "grasp": "s", "synflow": "P"}
 OTHER = "#777777"  # of what others published
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "axes.axisbelow": True, "legend.frameon": False, "figure.dpi": 110, "savefig.bbox": "tight",
@@ -43,13 +46,13 @@ def nothing(text: str = "nothing measured yet") -> Figure:
 
 def title(name: str) -> str:
     """How an arm or a set is called."""
-    plain = name.removesuffix("_soft")
-    return TITLES.get(plain, plain) + (", soft labels" if plain != name else "")
+    return called(name)
 
 
 def colour(name: str) -> str:
-    """The colour of an arm or a set; soft labels have their set's."""
-    return COLOURS.get(name.removesuffix("_soft"), OTHER)
+    """The colour of an arm or a set; soft labels have their set's, controls their arm's."""
+    base, _ = split(name)
+    return COLOURS.get(base.removesuffix("_soft"), COLOURS["ltr"] if base.startswith("ltr_") else OTHER)
 
 
 def sheet(images: np.ndarray, labels: Sequence[str], columns: int) -> Figure:
@@ -160,26 +163,31 @@ def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: floa
     for i, arm in enumerate(arms):
         part = stats[stats["arm"] == arm].sort_values("percent")
         x = part["percent"] + (i - (len(arms) - 1) / 2) * 0.6  # side by side, so that intervals do not cover one another
-        axes.plot(x, 100 * part["mean"], color=COLOURS.get(arm), marker=MARKERS.get(arm, "o"), markersize=5,
+        axes.plot(x, 100 * part["mean"], color=colour(arm), marker=MARKERS.get(arm, "o"), markersize=5,
                   label=f"{title(arm)} (n = {part['n'].min()})")
-        whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=COLOURS.get(arm, "black"))
+        whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=colour(arm))
         good = table[(table["arm"] == arm) & table["failed"].isna()]
         for place, percent in zip(x, part["percent"], strict=True):
             seeds = 100 * good[good["percent"] == percent].groupby("seed")[column].mean()
-            axes.plot(np.full(len(seeds), place), seeds, "o", color=COLOURS.get(arm), markersize=3, alpha=0.5)
+            axes.plot(np.full(len(seeds), place), seeds, "o", color=colour(arm), markersize=3, alpha=0.5)
     if rule is not None:
-        axes.set_yscale("symlog", linthresh=100 * rule, linscale=0.8)
-        ticks = [0, 1, 2, 5, 10, 20, 50]
-        axes.set_yticks(ticks, [str(t) for t in ticks])
-        axes.set_yticks([], minor=True)
-        axes.set_ylim(-0.15, 100)
-        axes.axhline(100 * rule, color="#B00000", lw=1, ls=":")
-        axes.annotate(f"stable: below {100 * rule:g} points", (0.5, 100 * rule), xycoords=("axes fraction", "data"), ha="center",
-                      va="bottom", fontsize=8, color="#B00000")
+        threshold(axes, rule)
     axes.set(xlabel="sparsity (% of weights removed)", ylabel=label)
     axes.set_xticks(sorted({int(p) for p in stats["percent"] if p}))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     return figure
+
+
+def threshold(axes, rule: float) -> None:
+    """Draw a threshold, a fraction, on an axis in points: linear up to it and logarithmic above."""
+    axes.set_yscale("symlog", linthresh=100 * rule, linscale=0.8)
+    ticks = [0, 1, 2, 5, 10, 20, 50]
+    axes.set_yticks(ticks, [str(t) for t in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_ylim(-0.15, 100)
+    axes.axhline(100 * rule, color="#B00000", lw=1, ls=":")
+    axes.annotate(f"stable: below {100 * rule:g} points", (0.5, 100 * rule), xycoords=("axes fraction", "data"), ha="center",
+                  va="bottom", fontsize=8, color="#B00000")
 
 
 def paths(table: pd.DataFrame) -> Figure:

@@ -15,7 +15,9 @@ TITLES = {"dense": "dense", "imp": "IMP, rewound to start", "ltr": "IMP, rewound
           "distilled": "distilled pruning (IDC)", "random_real": "random real subset", "random": "random mask",
           "idc": "IDC", "idc_factor1": "IDC, factor 1", "dc": "DC", "dsa": "DSA", "dm": "DM", "mtt": "MTT",
           "generator": "diffusion model", "herding": "herding", "k_center": "k-center", "el2n": "EL2N, easiest",
-          "all_data": "all data"}
+          "all_data": "all data", "distilled_pretrained": "distilled, after early real training",
+          "combined": "distilled, then IMP", "large_batch": "IMP, large batches", "early_stopped": "IMP, stopped early",
+          "one_shot": "one cut after training", "snip": "SNIP", "grasp": "GraSP", "synflow": "SynFlow"}
 
 
 #: how the small sets come about, in the order in which they are shown; what others published is none of them

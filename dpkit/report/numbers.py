@@ -7,13 +7,14 @@ fractions in [0, 1]. n counts independent initialisations; children and pairs of
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 import torch
 
+from dpkit.report.arms import split
 from dpkit.report.frames import frame
 from dpkit.statistics import mean_interval, ratio_interval
 from dpkit.store import Store, key_for
@@ -113,15 +114,26 @@ Rows = Iterable[tuple[Mapping[str, Any], str]]
 
 
 def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
-    """Every number that can be computed from what is in the store. chapters: (place, key) rows by chapter."""
-    makers = {"distillation": _distillation, "transfer": _transfer, "tickets": _tickets, "searches": _searches,
-              "connectivity": _connectivity, "landscape": _landscape, "hessian": _hessian}
+    """Every number that can be computed from what is in the store. chapters: (place, key) rows by chapter.
+
+    Chapters whose results are plain have a maker here, which takes their frame. What needs tensors, or several frames, has one
+    beside its frames, which takes the store and all rows.
+    """
+    from dpkit.report import ledger, overlap, robustness  # they collect their numbers with what this file has
+
+    chapters = {name: list(rows) for name, rows in chapters.items()}
     found: list[Number] = []
-    for name, make in makers.items():
-        table = frame(store, list(chapters.get(name, ())))
-        if len(table) and not table["failed"].notna().all():
-            found += make(store, table)
+    for name, make in (("distillation", _distillation), ("transfer", _transfer), ("tickets", _tickets)):
+        found += _from_frame(store, chapters.get(name, []), make)
+    found += ledger.numbers(store, chapters) + overlap.numbers(store, chapters) + robustness.numbers(store, chapters)
+    for name, make in (("connectivity", _connectivity), ("landscape", _landscape), ("hessian", _hessian)):
+        found += _from_frame(store, chapters.get(name, []), make)
     return found
+
+
+def _from_frame(store: Store, rows: Rows, make: Callable[[Store, pd.DataFrame], list[Number]]) -> list[Number]:
+    table = frame(store, rows)
+    return make(store, table) if len(table) and not table["failed"].notna().all() else []
 
 
 def _distillation(store: Store, table: pd.DataFrame) -> list[Number]:
@@ -149,28 +161,17 @@ def _transfer(store: Store, table: pd.DataFrame) -> list[Number]:
 
 
 def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
+    """``tickets.ARM.accuracy@P``; distilled minus each arm, each arm minus IMP, and each control minus what it changes."""
     chapter = Collector(store, "tickets", table.assign(accuracy=1 - table["error"]))
     for name, percent in chapter.places():
         chapter.add(name, percent, "accuracy", "accuracy")
         if name not in ("dense", "distilled"):
             chapter.compare(("distilled", percent), (name, percent), "accuracy", "accuracy")
-    return chapter.found
-
-
-def _searches(store: Store, table: pd.DataFrame) -> list[Number]:
-    """The cost of each mask search up to the last measured round: training points and seconds, the set not counted."""
-    # a search of which a round is missing or failed has no cost yet
-    table = table[table["failed"].isna()]
-    rounds = table.groupby(["arm", "seed"])["key"].transform("size")
-    table, rounds = table[rounds == table["round"]], rounds[rounds == table["round"]]
-    # the mean over a seed's rows times their number is their sum
-    chapter = Collector(store, "tickets", table.assign(points=table["points"] * rounds, seconds=table["seconds"] * rounds))
-    for name, percent in chapter.places():
-        chapter.add(name, percent, "search_points", "points", "mean")
-        chapter.add(name, percent, "search_seconds", "seconds", "mean")
-        if name != "distilled":
-            chapter.compare((name, percent), ("distilled", percent), "search_points", "points", ratio=True)
-            chapter.compare((name, percent), ("distilled", percent), "search_seconds", "seconds", ratio=True)
+        if name not in ("dense", "distilled", "imp"):
+            chapter.compare((name, percent), ("imp", percent), "accuracy", "accuracy")
+        base, endings = split(name)
+        if endings and base != "imp":
+            chapter.compare((name, percent), (base, percent), "accuracy", "accuracy")
     return chapter.found
 
 

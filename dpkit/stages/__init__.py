@@ -1,11 +1,13 @@
 """Stages: where mathematics meets disk. A study's settings become units, units become artifacts."""
-from dpkit.stages import make, measure, sets  # noqa: F401  importing them registers their stages
+from dpkit.stages import compare, make, measure, sets  # noqa: F401  importing them registers their stages
+from dpkit.stages.arms import ARMS, CONTROLS, SUFFIXES
 from dpkit.stages.plan import CHAPTERS, FRAMES, Entry, Plan, parse_share
 from dpkit.stages.profiles import FIELDS, load_study, profiles, read_profile, unknown
 from dpkit.stages.run import Progress, Report, choose_device, compute, missing
-from dpkit.stages.study import ARMS, Study
+from dpkit.stages.study import Study
 from dpkit.stages.unit import STAGES, Context, Unit, closure
 
-__all__ = ["ARMS", "CHAPTERS", "FIELDS", "FRAMES", "STAGES", "Context", "Entry", "Plan", "Progress", "Report", "Study", "Unit",
+__all__ = ["ARMS", "CHAPTERS", "CONTROLS", "FIELDS", "FRAMES", "STAGES", "SUFFIXES", "Context",
+           "Entry", "Plan", "Progress", "Report", "Study", "Unit",
            "choose_device", "closure", "compute", "load_study", "missing", "parse_share", "profiles", "read_profile",
            "unknown"]

@@ -14,9 +14,11 @@ from dpkit.distill import spec_of as distill_spec
 from dpkit.models import count_prunable
 from dpkit.prune import survivors
 from dpkit.stages.costs import shipped_seconds
-from dpkit.stages.features import allowed_images, needed_memory
-from dpkit.stages.study import ARMS, SETS, SOFT, Study
+from dpkit.stages.features import set_images
+from dpkit.stages.footprint import allowed_images, needed_memory
+from dpkit.stages.study import SETS, SOFT, Study
 from dpkit.stages.unit import Unit
+from dpkit.training import TrainSpec
 from dpkit.tree import seed_for
 
 
@@ -44,6 +46,10 @@ class Blocks:
         # what does not fit the images is better found now than by a worker in an hour
         self.study.model(self.identity)
         check_factor(self.study.factor, min(self.identity["shape"][1:]))
+        last = self.study.train.steps(self.identity["train"])
+        wrong = [step for step in self.study.snapshots if not 0 < step <= last]
+        if wrong:
+            raise ValueError(f"snapshots must be steps of the dense run, in [1, {last}]; got {wrong}")
 
     # --- building blocks ------------------------------------------------------------------------------------------------
     @cached_property
@@ -153,10 +159,10 @@ class Blocks:
         return replace(self.unit("published", spec, {}, f"published set {name}"), file=path)
 
     def network(self, init: int, noise: int, label: str, *, images: Unit | None = None, ticket: Unit | None = None,
-                first_step: int = 0, snapshots: tuple[int, ...] = ()) -> Unit:
-        """A network trained on real data, or on the small set ``images``."""
+                first_step: int = 0, snapshots: tuple[int, ...] = (), train: TrainSpec | None = None) -> Unit:
+        """A network trained on real data (as ``train`` says, else as usual), or on the small set ``images``."""
         study = self.study
-        train = study.train
+        train = train or study.train
         if images is not None:
             asked = images.spec["distill"]
             train = study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
@@ -169,51 +175,103 @@ class Blocks:
     def dense(self, init: int, role: str, child: int = 0) -> Unit:
         """A dense network trained on real data: the one that searches start with, or a child."""
         noise = self.seed_at("search", init) if role == "search" else self.seed_at("child", init, child)
-        kept = (self.rewind_step,) if role == "search" else ()
+        kept = tuple(sorted({self.rewind_step, *self.study.snapshots})) if role == "search" else ()
         name = "search" if role == "search" else f"child {child}"
         return self.network(init, noise, f"dense network {init}, {name}", snapshots=kept)
+
+    def _first_step(self, arm: str) -> int:
+        """The step of the dense run that an arm's tickets start from; 0: initialisation."""
+        found = self.study.arm(arm)
+        return (found.step or self.rewind_step) if found.early else 0
 
     @_once
     def searched(self, arm: str, init: int, round: int) -> Unit:
         """The network whose magnitudes decide the mask of round ``round + 1``."""
-        source, rewound = ARMS[arm]
-        ticket = self.ticket(arm, init, round) if round else None
-        if source == "real":
-            if round == 0:
-                return self.dense(init, "search")
-            return self.network(init, self.seed_at("search", init), f"{arm} search {init}, round {round}", ticket=ticket,
-                                 first_step=self.rewind_step if rewound else 0)
-        images = self.small_set(source, init)
-        return self.network(init, self.seed_at("search", init), f"{arm} search {init}, round {round}", images=images,
-                             ticket=ticket)
+        found = self.study.arm(arm)
+        if found.of:
+            return self.searched(found.of, init, round)
+        if found.before and round < self.study.combined_round:
+            return self.searched(found.before, init, round)
+        if found.once:
+            return self.dense(init, "search")
+        ticket = self.ticket(arm, init, round) if round else self._pretrained(arm, init) if found.pretrained else None
+        noise, label = self.seed_at("search", init), f"{arm} search {init}, round {round}"
+        if found.source != "real":
+            return self.network(init, noise, label, images=self.small_set(found.source, init), ticket=ticket)
+        if round == 0 and found.training == "usual":
+            return self.dense(init, "search")
+        return self.network(init, noise, label, ticket=ticket, first_step=self._first_step(arm),
+                            train=self.study.search[found.training])
+
+    def searches_of(self, arm: str, init: int, round: int) -> list[Unit]:
+        """All networks that were trained to find the mask of an arm's ticket of ``round``."""
+        found = self.study.arm(arm)
+        if not found.trains:
+            return []
+        return [self.searched(arm, init, 0)] if found.once else [self.searched(arm, init, r) for r in range(round)]
 
     @_once
     def ticket(self, arm: str, init: int, round: int) -> Unit:
         """The subnetwork of an arm after ``round`` rounds, from 1."""
-        study, (source, rewound) = self.study, ARMS[arm]
-        spec: dict[str, Any] = {"prune": study.prune.to_dict() | {"rounds": 0}, "model": self.model, "round": round,
-                                "init_seed": self.seed_at("init", init)}
-        spec["prune"] = {k: v for k, v in spec["prune"].items() if k != "rounds"}
-        parents: dict[str, Unit] = {}
-        if source == "none":
+        study, found = self.study, self.study.arm(arm)
+        if found.before and round <= study.combined_round:
+            return self.ticket(found.before, init, round)
+        spec, parents = self._beginning(arm, init, round)
+        label = f"{arm} ticket {init}, round {round}"
+        if found.control:
+            spec |= {"control": found.control, "control_seed": self.seed_at(found.control, init)}
+            return self.unit("ticket", spec, {"of": self.ticket(found.of, init, round), **parents}, label)
+        if found.trains:
+            network = {"network": self.searched(arm, init, round - 1)}
+            if found.once:
+                spec["once"] = True
+            elif round > 1:
+                network["previous"] = self.ticket(arm, init, round - 1)
+            return self.unit("ticket", spec, network | parents, label)
+        if found.score == "random":
             spec["mask_seed"] = self.seed_at("mask", init)
         else:
-            parents["network"] = self.searched(arm, init, round - 1)
-            if round > 1:
-                parents["previous"] = self.ticket(arm, init, round - 1)
-            if rewound:
-                parents["start"] = self.dense(init, "search")
-                spec["rewind_step"] = self.rewind_step
-        return self.unit("ticket", spec, parents, f"{arm} ticket {init}, round {round}")
+            spec["score"] = found.score
+        if found.score in ("snip", "grasp"):
+            spec |= {"data": self.identity, "per_class": study.score_per_class, "score_seed": self.seed_at("score", init)}
+        return self.unit("ticket", spec, parents, label)
+
+    def _beginning(self, arm: str, init: int, round: int) -> tuple[dict[str, Any], dict[str, Unit]]:
+        """What all tickets say: how they are pruned, and where they start from."""
+        prune = self.study.prune.replace(scope=self.study.arm(arm).scope or self.study.scope).to_dict()
+        spec = {"prune": {k: v for k, v in prune.items() if k != "rounds"}, "model": self.model, "round": round,
+                "init_seed": self.seed_at("init", init)}
+        if not self.study.arm(arm).early:
+            return spec, {}
+        return spec | {"rewind_step": self._first_step(arm)}, {"start": self.dense(init, "search")}
+
+    @_once
+    def _pretrained(self, arm: str, init: int) -> Unit:
+        """The dense network of the early step as a ticket that lacks nothing."""
+        spec, parents = self._beginning(arm, init, 0)
+        return self.unit("ticket", spec, parents, f"{arm} start {init}")
 
     @_once
     def child(self, arm: str, init: int, round: int, child: int) -> Unit:
         """Child ``child`` of a ticket (of the dense network for arm ``dense``, round 0), trained on real data."""
         if arm == "dense":
             return self.dense(init, "child", child)
-        first = self.rewind_step if ARMS[arm][1] else 0
         return self.network(init, self.seed_at("child", init, child), f"{arm} {init}, round {round}, child {child}",
-                             ticket=self.ticket(arm, init, round), first_step=first)
+                            ticket=self.ticket(arm, init, round), first_step=self._first_step(arm))
+
+    @_once
+    def watched(self, source: str, init: int) -> Unit:
+        """A dense network trained on ``source`` and kept at evenly spaced steps, initialisation and end included."""
+        images = None if source == "real" else self.small_set(source, init)
+        train, count = self.study.train, self.identity["train"]
+        if images is not None:
+            asked = images.spec["distill"]
+            train = self.study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
+            count = set_images(asked, self.identity["classes"])
+        last, points = train.steps(count), self.study.early_bird_points
+        steps = sorted({round_half_up(i * last / points) for i in range(points + 1)})
+        return self.network(init, self.seed_at("search", init), f"watched network {init} on {source}", images=images,
+                            snapshots=tuple(steps))
 
 
 def round_half_up(value: float) -> int:

@@ -47,6 +47,8 @@ def make(context: Context, units: list[Unit]) -> dict[str, str | None]:
     started = time.monotonic()
     context.start_clock()
     families = [{role: store.get(p.key) for role, p in unit.parents.items()} for unit in units]
+    if found.tolerant:
+        families = [{role: a for role, a in family.items() if not a.failed} or family for family in families]
     outputs: list[Output | None] = []
     for family in families:
         broken = next(((role, a) for role, a in family.items() if a.failed), None)

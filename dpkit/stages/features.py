@@ -1,4 +1,4 @@
-"""What is known about a unit before it runs: how much it computes, what it leaves on disk, how much memory it takes.
+"""What is known about a unit before it runs: how much it computes.
 
 Everything is read from specifications, of the unit and of its parents, so that a unit to come and an artifact in the store
 are described by the same function.
@@ -19,7 +19,6 @@ from dpkit.models.network import family
 from dpkit.models.work import layer_work
 from dpkit.spec import canonical_json
 
-BLOCK = 4096  # bytes that the smallest file takes
 CHUNK = 100  # images of one piece of a Hessian product
 EVALUATED = 500  # images of one pass of an evaluation
 BACKWARD = 3  # a forward and a backward pass, in forward passes
@@ -98,11 +97,13 @@ def _ways(spec: Mapping[str, Any]) -> str:
     return (spec.get("precision") or spec.get("dtype") or "fp32") + ("+compile" if spec.get("compile") else "")
 
 
-def _itemsize(spec: Mapping[str, Any]) -> int:
+def itemsize(spec: Mapping[str, Any]) -> int:
+    """Bytes of a number in the precision of a specification."""
     return {"bf16": 2, "float64": 8}.get(spec.get("precision") or spec.get("dtype") or "", 4)
 
 
-def _pixels(data: Mapping[str, Any]) -> int:
+def pixels_of(data: Mapping[str, Any]) -> int:
+    """Numbers in one image."""
     return math.prod(data["shape"])
 
 
@@ -131,8 +132,8 @@ def _network(spec: Mapping[str, Any], parents: Specs) -> Features:
     points, operations = steps * images / per_epoch, _operations(train["augment"]["operations"])
     changed = operations + train["cutmix"]
     amounts = {"unit": 1, "step": steps, "gflop": BACKWARD * net.flops * points / 1e9,
-               **_moved(model_of(spec), (BACKWARD * net.moved * points * _itemsize(train) + 32 * net.parameters * steps) / 1e9),
-               "augmented step": steps * (changed > 0), "augmented mpixel": changed * points * _pixels(data) / 1e6,
+               **_moved(model_of(spec), (BACKWARD * net.moved * points * itemsize(train) + 32 * net.parameters * steps) / 1e9),
+               "augmented step": steps * (changed > 0), "augmented mpixel": changed * points * pixels_of(data) / 1e6,
                "test gflop": net.flops * data["test"] / 1e9}
     compiled: tuple[str, ...] = ()
     if train.get("compile"):
@@ -143,7 +144,7 @@ def _network(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 def _distill(spec: Mapping[str, Any], parents: Specs) -> Features:
     asked, data, net = distill_spec(spec["distill"]), spec["data"], sizes(model_of(spec))
-    plain, image, classes = spec["distill"], _pixels(data), data["classes"]
+    plain, image, classes = spec["distill"], pixels_of(data), data["classes"]
     if isinstance(asked, MatchingSpec):
         return _matching(asked, spec)
     if isinstance(asked, DMSpec):
@@ -151,7 +152,7 @@ def _distill(spec: Mapping[str, Any], parents: Specs) -> Features:
         passes = seen * (asked.real_batch + BACKWARD * asked.ipc)
         pixels = seen * (asked.real_batch + asked.ipc) * _operations(asked.augment) * image / 1e6
         return Features(f"dm/{_ways(plain)}", {"unit": 1, "step": asked.steps, "gflop": passes * net.flops / 1e9,
-                                               **_moved(model_of(spec), passes * net.moved * _itemsize(plain) / 1e9),
+                                               **_moved(model_of(spec), passes * net.moved * itemsize(plain) / 1e9),
                                                "augmented mpixel": pixels})
     if isinstance(asked, MTTSpec):
         passes = asked.steps * asked.student_steps * min(asked.batch or asked.ipc * classes, asked.ipc * classes) * TWICE
@@ -168,7 +169,7 @@ def _distill(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 def _matching(asked: MatchingSpec, spec: Mapping[str, Any]) -> Features:
     data, net, plain = spec["data"], sizes(model_of(spec)), spec["distill"]
-    steps, classes, image = asked.outer * asked.inner, data["classes"], _pixels(data)
+    steps, classes, image = asked.outer * asked.inner, data["classes"], pixels_of(data)
     passes = classes * (BACKWARD * asked.real_batch + TWICE * asked.shown)
     on_real = asked.network_data == "real"
     shown = min(asked.network_images, data["train"]) if on_real else set_images(plain, classes)
@@ -176,7 +177,7 @@ def _matching(asked: MatchingSpec, spec: Mapping[str, Any]) -> Features:
     operations = _operations(asked.augment.operations)
     changed = 5 if on_real else operations
     amounts = {"unit": 1, "step": steps, "gflop": steps * passes * net.flops / 1e9,
-               **_moved(model_of(spec), steps * passes * net.moved * _itemsize(plain) / 1e9),
+               **_moved(model_of(spec), steps * passes * net.moved * itemsize(plain) / 1e9),
                "network step": trained * -(-shown // asked.network_batch),
                "network gflop": trained * shown * BACKWARD * net.flops / 1e9,
                "augmented mpixel": image / 1e6 * (steps * operations * classes * (asked.real_batch + asked.shown)
@@ -195,7 +196,35 @@ def _published(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 
 def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
-    return Features("ticket", {"unit": 1, "mweight": sizes(model_of(spec)).parameters / 1e6})
+    net, score, data = sizes(model_of(spec)), spec.get("score", ""), spec.get("data", {})
+    shown = spec["per_class"] * data["classes"] if data else 0
+    # a gradient, and for GraSP two derivatives of one; SynFlow takes a gradient on one image a hundred times
+    passes = {"snip": BACKWARD * shown, "grasp": (BACKWARD + TWICE) * shown, "synflow": 100 * BACKWARD}.get(score, 0)
+    return Features("ticket", {"unit": 1, "mweight": net.parameters / 1e6 * (100 if score == "synflow" else 1),
+                               "gflop": passes * net.flops / 1e9})
+
+
+def _masks(spec: Mapping[str, Any], parents: Specs) -> Features:
+    net = sizes(model_of(spec))
+    # pairs of arms, and a pass with its gradient for the paths of each
+    return Features("masks", {"unit": 1, "mweight": len(spec["arms"]) * net.prunable / 1e6})
+
+
+def _early_bird(spec: Mapping[str, Any], parents: Specs) -> Features:
+    steps = len(parents["network"]["snapshots"]) if "network" in parents else 1
+    return Features("masks", {"unit": 1, "mweight": steps * sizes(model_of(spec)).prunable / 1e6})
+
+
+def _robustness(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked, model, data = spec["robustness"], model_of(spec), spec["data"]
+    images = min(asked["images"] or data["test"], data["test"])
+    made = len(asked["corruptions"]) * len(asked["severities"])
+    passes = 1 + made + len(asked["bits"])
+    net = sizes(model)
+    return Features("robustness", {"unit": 1, "step": passes * -(-images // EVALUATED),
+                                   "gflop": passes * images * net.flops / 1e9,
+                                   **_moved(model, 4 * passes * images * net.moved / 1e9),
+                                   "augmented mpixel": made * images * pixels_of(data) / 1e6})
 
 
 def _evaluations(kind: str, asked: Mapping[str, Any], spec: Mapping[str, Any], points: int, images: int) -> Features:
@@ -204,7 +233,7 @@ def _evaluations(kind: str, asked: Mapping[str, Any], spec: Mapping[str, Any], p
     total = points * (images + measured)
     return Features(f"{kind}/{_ways(asked)}", {"unit": 1, "step": points * (-(-images // EVALUATED) + -(-measured // 250)),
                                                "gflop": total * net.flops / 1e9,
-                                               **_moved(model, total * net.moved * _itemsize(asked) / 1e9)})
+                                               **_moved(model, total * net.moved * itemsize(asked) / 1e9)})
 
 
 def _path(spec: Mapping[str, Any], parents: Specs) -> Features:
@@ -223,11 +252,12 @@ def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
     total = products * asked["images"] * TWICE
     return Features(f"hessian/{_ways(asked)}", {"unit": 1, "step": products * -(-asked["images"] // CHUNK),
                                                 "gflop": total * net.flops / 1e9,
-                                                **_moved(model_of(spec), total * net.moved * _itemsize(asked) / 1e9)})
+                                                **_moved(model_of(spec), total * net.moved * itemsize(asked) / 1e9)})
 
 
 _FEATURES = {"network": _network, "distill": _distill, "soften": _soften, "published": _published,
-             "ticket": _ticket, "path": _path, "plane": _plane, "hessian": _hessian}
+             "ticket": _ticket, "masks": _masks, "early_bird": _early_bird, "robustness": _robustness, "path": _path,
+             "plane": _plane, "hessian": _hessian}
 
 
 def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:
@@ -243,87 +273,3 @@ def together(found: Features, population: int) -> Features:
     """The features of one of ``population`` networks that are trained at once."""
     shared = {name: value / (population if name in SHARED else 1) for name, value in found.amounts.items()}
     return Features(found.kind, shared, found.compiled)
-
-
-# --- what it leaves, what it takes ------------------------------------------------------------------------------------------
-def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
-    """Bytes of the artifact: its tensors' shapes, a header line each, the description, in blocks of the file system."""
-    data, numbers, tensors = spec.get("data", {}), 0, 4
-    if "model" in spec:
-        net = sizes(model_of(spec))
-        whole = 4 * (net.parameters + net.buffers)
-    if stage == "network":
-        copies = 1 + len(spec["snapshots"])
-        numbers, tensors = whole * copies + 8 * spec["train"]["epochs"], net.tensors * copies
-    elif stage == "ticket":
-        numbers, tensors = whole + net.prunable, net.tensors + 10
-    elif stage in ("distill", "soften", "published"):
-        copies = 2 if "seed" in spec and METHODS[spec["distill"]["method"]].learned else 1  # learned ones with their start
-        numbers = spec["distill"]["ipc"] * data["classes"] * (4 * copies * _pixels(data) + 8)
-        numbers += 4 * data["classes"] * set_images(spec["distill"], data["classes"]) * (stage == "soften")
-    elif stage == "path":
-        numbers = 24 * spec["path"]["points"]
-    elif stage == "plane":
-        numbers = 16 * spec["plane"]["resolution"] ** 2
-    elif stage == "hessian":
-        ticket = parents.get("ticket")
-        numbers = 8 * net.prunable * ((1 - ticket["prune"]["fraction"]) ** ticket["round"] if ticket else 1)
-    history = 20 * spec["distill"].get("outer", spec["distill"].get("steps", 0)) if stage == "distill" else 0
-    description = 4000 + history
-    return sum(math.ceil(part / BLOCK) * BLOCK for part in (numbers + 90 * tensors, description)) + BLOCK
-
-
-BASE_MEMORY = 375e6  # a process that has loaded the library and done anything, measured
-COMPILER_MEMORY = 200e6  # what torch.compile leaves in it
-SCATTER = 2.0  # a heap that keeps what was freed, and the convolutions' own copies, for each byte that is needed; measured
-
-
-def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int = 1) -> float:
-    """Bytes of the process at the highest, while it makes ``population`` such units together; within a third or so.
-
-    The data set as uint8 and normalised, the weights with gradient and momentum, and what the largest pass keeps.
-    """
-    if "model" not in spec or "data" not in spec:
-        return BASE_MEMORY
-    data, net = spec["data"], sizes(model_of(spec))
-    pixels, kept = _pixels(data), 4 * SCATTER * net.activations
-    loaded = pixels * (data["train"] + data["test"])
-    weights, needed = 4 * (net.parameters + net.buffers), 0.0
-    normalised = 4 * pixels * (data["train"] + data["test"])
-    evaluated = min(EVALUATED, data["test"]) * kept / 2
-    if stage == "network":
-        train = spec["train"]
-        images, _, _ = schedule(spec, parents)
-        batch = min(images, train["batch_size"]) * (kept * _itemsize(train) / 4 + 12 * pixels)
-        needed = normalised + max(evaluated, batch * population) + weights * population * (6 + len(spec["snapshots"]))
-    elif stage == "distill":
-        asked = distill_spec(spec["distill"])
-        # on a CPU class by class, but for MTT, which holds what it may
-        held = asked.held(data["classes"]) if isinstance(asked, MTTSpec) else asked.fewest(data["classes"])
-        evaluates = METHODS[asked.method].networks in ("trained", "early")
-        needed = normalised + kept * held + (evaluated if evaluates else 6 * weights)
-    elif stage in ("path", "plane"):
-        needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
-    elif stage == "hessian":
-        asked = spec["hessian"]
-        size = 2 if asked.get("dtype") == "float64" else 1
-        needed = 4 * kept * size * min(CHUNK, asked["images"]) + weights * (8 + asked["lanczos_steps"]) * size
-    compiled = any(part.get("compile") for part in spec.values() if isinstance(part, Mapping))
-    return BASE_MEMORY + loaded + needed + (COMPILER_MEMORY if compiled else 0)
-
-
-def image_memory(spec: Mapping[str, Any]) -> float:
-    """Bytes that a backward pass keeps for one image, with what the heap scatters."""
-    return 4 * SCATTER * sizes(model_of(spec)).activations
-
-
-def needed_memory(spec: Mapping[str, Any], held: float) -> float:
-    """Bytes of a process that distils and holds the activations of so many images at once."""
-    data, net = spec["data"], sizes(model_of(spec))
-    loaded = 5 * _pixels(data) * (data["train"] + data["test"])  # as bytes and normalised
-    return BASE_MEMORY + loaded + 24 * (net.parameters + net.buffers) + held * image_memory(spec)
-
-
-def allowed_images(spec: Mapping[str, Any], bound: float) -> float:
-    """How many images' activations a distillation may hold so that its process stays within ``bound`` bytes; 0 or more."""
-    return max(0.0, (bound - needed_memory(spec, 0.0)) / image_memory(spec))

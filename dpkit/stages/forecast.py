@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 
 from dpkit import __version__, cores
-from dpkit.stages import features, priors
+from dpkit.stages import features, footprint, priors
 from dpkit.stages.costs import Expected, Model, device_class
 from dpkit.stages.unit import STAGES, Unit
 from dpkit.store import Store, machine
@@ -167,10 +167,10 @@ def of(store: Store, todo: Mapping[str, Unit], *, device: str = "cpu", workers: 
     error, before = _error(expected), past(store)
     if before is not None and before.n >= 3:
         error = max(error, before.median)
-    memories = sorted((features.memory(u.stage, u.spec, _specs(u)) for u in todo.values()), reverse=True)
+    memories = sorted((footprint.memory(u.stage, u.spec, _specs(u)) for u in todo.values()), reverse=True)
     # one process more: the one that waits for the others
-    memory = sum(memories[:workers]) + (features.BASE_MEMORY if start else 0.0)
-    disk = sum(features.disk(u.stage, u.spec, _specs(u)) for u in todo.values())
+    memory = sum(memories[:workers]) + (footprint.BASE_MEMORY if start else 0.0)
+    disk = sum(footprint.disk(u.stage, u.spec, _specs(u)) for u in todo.values())
     known = sum(costs[key] for key, found in described.items() if found and found.kind in model.settings)
     return Forecast(len(todo), seconds, seconds * math.exp(-WIDTH * error), seconds * math.exp(WIDTH * error), memory, disk,
                     device, workers, costs, guessed=bool(todo) and known < total / 2)

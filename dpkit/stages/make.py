@@ -17,7 +17,7 @@ from dpkit.stages.sets import CHECKPOINT_SECONDS, network_of, read_set
 from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
 from dpkit.training import State, TrainSpec
-from dpkit.tree import Buffers, Params
+from dpkit.tree import Buffers, Mask, Params
 
 
 def named(**groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,23 +139,64 @@ def _read_state(saved: Mapping[str, Tensor] | None) -> State | None:
 def make_ticket(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """Make the ticket of one round. Tensors: params (removed weights zero), buffers, mask. Result: counted sparsity.
 
-    With a parent ``network`` its weights are pruned by magnitude, on top of the ticket ``previous`` if there is one;
-    without, the mask is random. Survivors are rewound to the snapshot ``rewind_step`` of ``start``, or to initialisation.
+    Survivors start from the snapshot ``rewind_step`` of ``start``, or from initialisation. The mask comes from the magnitudes
+    of ``network``, on top of the ticket ``previous`` if there is one (``once``: in one cut); from ``score`` at initialisation;
+    or at random, where ``mask_seed`` says so. Without any of these nothing is removed. With ``control`` the ticket ``of`` is
+    changed.
     """
-    spec = unit.spec
+    spec, model = unit.spec, ModelSpec(**unit.spec["model"])
     settings = PruneSpec(**spec["prune"])
     start = network_of(parents["start"], f"{spec['rewind_step']}/") if "start" in parents else initial(spec)
-    mask = prune.full(ModelSpec(**spec["model"]), start[0])
-    if "network" in parents:
+    mask = prune.full(model, start[0])
+    if "control" in spec:
+        ticket = _controlled(spec, model, parents["of"], start[0])
+    elif "network" in parents:
         if "previous" in parents:
             mask = parents["previous"].group("mask")
         before = prune.Ticket(start[0], start[1], {n: mask[n] for n in start[0] if n in mask}, spec["round"] - 1)
-        ticket = prune.next_ticket(settings, before, network_of(parents["network"]), start)
-    else:
+        count = _count(settings, mask, spec["round"]) if spec.get("once") else None
+        ticket = prune.next_ticket(settings, before, network_of(parents["network"]), start, model=model, count=count)
+    elif "mask_seed" in spec:
         scores = prune.random_scores(mask, tree.generator_for(spec["mask_seed"], "mask"))
-        count = prune.survivors(prune.size(mask), settings.fraction, spec["round"])[-1]
-        ticket = prune.rewind(start, start, prune.keep_highest(scores, mask, count), spec["round"])
+        kept = prune.select(settings, scores, mask, _count(settings, mask, spec["round"]), model=model)
+        ticket = prune.rewind(start, start, kept, spec["round"])
+    elif "score" in spec:
+        ticket = prune.rewind(start, start, _scored(context, unit, model, settings, start, mask), spec["round"])
+    else:
+        ticket = prune.rewind(start, start, mask, spec["round"])
     return Output(named(params=ticket.params, buffers=ticket.buffers, mask=ticket.mask),
                   {"sparsity": prune.sparsity(ticket.mask), "surviving": prune.surviving(ticket.mask),
                    "weights": prune.size(ticket.mask), "round": ticket.round, "density": prune.density(ticket.mask),
                    "collapsed": list(prune.collapsed(ticket.mask))})
+
+
+def _count(settings: PruneSpec, mask: Mask, round: int) -> int:
+    """How many weights iterative pruning leaves after ``round`` rounds."""
+    return prune.survivors(prune.size(mask), settings.fraction, round)[-1]
+
+
+def _scored(context: Context, unit: Unit, model: ModelSpec, settings: PruneSpec, start: tuple[Params, Buffers],
+            mask: Mask) -> Mask:
+    """The mask of a score at initialisation; SNIP and GraSP see as many real images of each class as ``per_class`` says."""
+    spec, count = unit.spec, _count(settings, mask, unit.spec["round"])
+    if spec["score"] == "synflow":
+        return prune.synflow(model, *start, mask, count, spec=settings)
+    dataset = context.dataset(unit.data)
+    labels, generator = dataset.train.labels, tree.generator_for(spec["score_seed"], "score")
+    order = torch.randperm(len(labels), generator=generator)
+    chosen = torch.cat([order[labels[order] == c][:spec["per_class"]] for c in range(dataset.classes)])
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
+    scores = getattr(prune, spec["score"])(model, *start, images, labels[chosen], mask)
+    return prune.select(settings, scores, mask, count, model=model)
+
+
+def _controlled(spec: Mapping[str, Any], model: ModelSpec, of: Artifact, start: Params) -> prune.Ticket:
+    """The ticket ``of`` with its mask shuffled or its weights drawn anew; see :data:`dpkit.stages.arms.CONTROLS`."""
+    params, buffers = network_of(of)
+    mask = of.group("mask")
+    ticket = prune.Ticket(params, buffers, {n: mask[n] for n in params if n in mask}, spec["round"])
+    generator = tree.generator_for(spec["control_seed"], spec["control"])
+    if spec["control"] == "shuffled":
+        return prune.shuffled(ticket, start, generator)
+    fresh, _ = models.init(model, generator)
+    return {"reinit": prune.reinit, "signs": prune.signs}[spec["control"]](ticket, fresh)

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 
 import torch
 
-from dpkit import connectivity, hessian, landscape, tree
+from dpkit import connectivity, hessian, landscape, robustness, tree
 from dpkit.connectivity import PathSpec
 from dpkit.data import normalise
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
+from dpkit.robustness import RobustnessSpec
+from dpkit.stages.footprint import CORRUPTED
 from dpkit.stages.make import network_of
 from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
@@ -27,6 +29,30 @@ def _images(context: Context, unit: Unit):
     few = dataset.train.images[:: max(1, len(dataset.train) // 1000)]
     return (normalise(dataset.test.images, dataset.mean, dataset.std).to(context.device),
             dataset.test.labels.to(context.device), normalise(few, dataset.mean, dataset.std).to(context.device))
+
+
+_CORRUPTED: dict[tuple, dict] = {}
+
+
+@stage("robustness", 1)
+def measure_robustness(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Errors on corrupted test images, and on clean ones with weights of few bits.
+
+    Tensors: corruption_errors (C, S) and quantised_errors (B,), fractions, in the order of the specification. Result: the
+    clean error, the mean over corruptions and severities, and the error at each number of bits.
+    """
+    spec, dataset, seed = RobustnessSpec(**unit.spec["robustness"]), context.dataset(unit.data), unit.spec["seed"]
+    place, shared = (spec, unit.data, str(context.data_root), seed), None
+    if robustness.bytes_needed(spec, len(dataset.test), tuple(dataset.test.images.shape[1:])) <= CORRUPTED:
+        if place not in _CORRUPTED:
+            _CORRUPTED.clear()
+            _CORRUPTED[place] = robustness.corrupted_images(spec, dataset.test.images, seed)
+        shared = _CORRUPTED[place]
+    found = robustness.measure(spec, ModelSpec(**unit.spec["model"]), *_on(context.device, parents["network"]), dataset.test,
+                               dataset.mean, dataset.std, seed, shared)
+    bits = {f"error_{bits}bit": float(error) for bits, error in zip(spec.bits, found.quantised_errors, strict=True)}
+    return Output({"corruption_errors": found.corruption_errors, "quantised_errors": found.quantised_errors},
+                  {"clean_error": found.clean_error, "mean_corruption_error": found.mean_corruption_error, **bits})
 
 
 @stage("path", 1)

@@ -5,7 +5,7 @@ Nothing is computed here: keys follow from specifications, so the whole plan is 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -13,15 +13,18 @@ from typing import Any
 from dpkit.connectivity import PathSpec
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
+from dpkit.models import forward_work
 from dpkit.stages.blocks import Blocks
-from dpkit.stages.study import ARMS
+from dpkit.stages.features import BACKWARD
 from dpkit.stages.unit import Unit
 
 #: the chapters that compute, and the frames that each one makes
 PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distillation", "transfer"), "tickets": ("tickets",),
+                                     "masks": ("masks", "early_bird"), "robustness": ("robustness",),
                                      "connectivity": ("connectivity",), "landscape": ("landscape",), "hessian": ("hessian",)}
 CHAPTERS = tuple(PARTS)
-FRAMES = (*(name for names in PARTS.values() for name in names), "searches")  # the searches are what tickets rest on
+#: what tickets rest on has frames too: the networks of their searches, and the small sets of these
+FRAMES = (*(name for names in PARTS.values() for name in names), "searches", "search_sets")
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,66 @@ class Plan(Blocks):
                 rows.append(Entry(self._place(arm, round, init), unit))
         return rows
 
+    def masks(self) -> list[Entry]:
+        """The comparison of all arms' masks, one for each measured round and initialisation."""
+        rows = []
+        for round in sorted(set(self.study.at_rounds)):
+            for init in range(self.study.seeds):
+                tickets = {arm: self.ticket(arm, init, round) for arm in self.study.arms}
+                unit = self.unit("masks", {"model": self.model, "arms": list(tickets)}, tickets,
+                                 f"masks {init}, round {round}")
+                rows.append(Entry({"round": round, "percent": self.percent(round), "seed": init}, unit))
+        return rows
+
+    def early_bird(self) -> list[Entry]:
+        """Masks along the training of dense networks on each source, at the sparsity of the last measured round."""
+        last, rows = max(self.study.at_rounds), []
+        for source in self.study.early_bird_sources:
+            for init in range(self.study.seeds):
+                unit = self.unit("early_bird", {"model": self.model, "count": self.counts[last]},
+                                 {"network": self.watched(source, init)}, f"early bird {source} {init}")
+                rows.append(Entry({"source": source, "percent": self.percent(last), "seed": init}, unit))
+        return rows
+
+    def robustness(self) -> list[Entry]:
+        """The first child of each ticket of the last measured round, under corruptions and in few bits."""
+        spec, rows = self.study.robustness.to_dict(), []
+        for arm in self.study.robust_arms:
+            round = 0 if arm == "dense" else max(self.study.at_rounds)
+            for init in range(self.study.seeds):
+                unit = self.unit("robustness", {"data": self.identity, "model": self.model, "robustness": spec,
+                                                "seed": self.seed_at("corruptions")},
+                                 {"network": self.child(arm, init, round, 0)}, f"robustness {arm} {init}, round {round}")
+                rows.append(Entry(self._place(arm, round, init, child=0), unit))
+        return rows
+
     def searches(self) -> list[Entry]:
-        """Every network that a mask search trains, with its tickets' arm: the cost ledger."""
-        last = max(self.study.at_rounds)
-        return [Entry(self._place(arm, last, init, search_round=round), self.searched(arm, init, round))
-                for arm in self.study.arms if ARMS[arm][0] != "none" for init in range(self.study.seeds)
-                for round in range(last)]
+        """Every network that a mask search trains, with its tickets' arm: the cost ledger.
+
+        Places say how many networks the whole search has (``networks``), how many decoded images stand for a stored one, and
+        the floating-point operations of a training step on one image, pruned weights counted (the machine multiplies by them).
+        """
+        last, flops = max(self.study.at_rounds), BACKWARD * forward_work(self.study.model(self.identity)).flops
+        rows = []
+        for arm in self.study.arms:
+            for init in range(self.study.seeds):
+                units = self.searches_of(arm, init, last)
+                for number, unit in enumerate(units):
+                    images = unit.parents.get("images")
+                    decoded = images.spec["distill"].get("factor", 1) ** 2 if images else 1
+                    rows.append(Entry(self._place(arm, last, init, search_round=number, networks=len(units), decoded=decoded,
+                                                  image_flops=flops), unit))
+        return rows
+
+    def search_sets(self) -> list[Entry]:
+        """The small set that each arm's search trains on, once for each initialisation."""
+        last, rows = max(self.study.at_rounds), []
+        for arm in self.study.arms:
+            for init in range(self.study.seeds):
+                sets = {u.parents["images"].key: u.parents["images"] for u in self.searches_of(arm, init, last)
+                        if "images" in u.parents}
+                rows += [Entry(self._place(arm, last, init), images) for images in sets.values()]
+        return rows
 
     def chapter(self, name: str) -> list[Entry]:
         """The entries of one of :data:`CHAPTERS`, of all its frames."""
@@ -143,9 +200,11 @@ class Plan(Blocks):
         """The units of a chapter that share ``i/n`` has to make, split so that work on one ticket stays together."""
         part, of = parse_share(share)
         entries = self.chapter(name)
-        groups = sorted({(str(e.place.get("arm", e.place.get("set"))), e.place["seed"]) for e in entries})
-        mine = set(groups[part - 1::of])
-        return [e.unit for e in entries if (str(e.place.get("arm", e.place.get("set"))), e.place["seed"]) in mine]
+        def group(place: Mapping[str, Any]) -> tuple[str, int]:
+            return str(next((place[name] for name in ("arm", "set", "source") if name in place), "")), place["seed"]
+
+        mine = set(sorted({group(e.place) for e in entries})[part - 1::of])
+        return [e.unit for e in entries if group(e.place) in mine]
 
 
 def parse_share(share: str) -> tuple[int, int]:

@@ -26,7 +26,9 @@ CPU: dict[str, dict[str, float]] = {
                      "augmented step": 0.0004, "augmented mpixel": 0.0019, "test gflop": 0.012},
     "path/fp32": {"unit": 0.0052, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14},
     "plane/fp32": {"unit": 0.0067, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17},
-    "ticket": {"unit": 0.0016, "mweight": 0.091},
+    "ticket": {"unit": 0.0016, "mweight": 0.091, "gflop": 0.018},
+    "masks": {"unit": 0.01, "mweight": 0.3},
+    "robustness": {"unit": 0.01, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17, "augmented mpixel": 0.05},
 }
 
 #: a GPU has no measured table yet: launching a kernel costs what it costs on any machine, and the rest follows a data sheet
@@ -39,7 +41,9 @@ CUDA: dict[str, dict[str, float]] = {
     "dm": {"unit": 0.5, "step": 0.03, "gflop": 5e-5, "gbyte": 1e-3, "augmented mpixel": 1e-5},
     "mtt": {"unit": 0.5, "step": 0.03, "gflop": 5e-5, "gbyte": 1e-3},
     "generator": {"unit": 2.0, "step": 0.06, "gflop": 5e-5},
-    "ticket": {"unit": 0.02, "mweight": 0.05},
+    "ticket": {"unit": 0.02, "mweight": 0.05, "gflop": 5e-5},
+    "masks": {"unit": 0.02, "mweight": 0.2},
+    "robustness": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4, "augmented mpixel": 0.02},
     "path": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
     "plane": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
     "hessian": {"unit": 0.1, "step": 0.02, "gflop": 1e-4, "gbyte": 2e-3},

@@ -17,17 +17,11 @@ from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
+from dpkit.robustness import RobustnessSpec
 from dpkit.spec import Spec
+from dpkit.stages.arms import Arm, arm_of
 from dpkit.training import TrainSpec
 
-#: what each arm searches its mask with, and whether it rewinds to an early step instead of initialisation
-ARMS: dict[str, tuple[str, bool]] = {
-    "imp": ("real", False),
-    "ltr": ("real", True),
-    "distilled": ("idc", False),
-    "random_real": ("random_real", False),
-    "random": ("none", False),
-}
 #: the small sets by name: the method that makes each
 SETS: dict[str, str] = {"idc": "idc", "idc_factor1": "idc", "dc": "dc", "dsa": "dsa", "dm": "dm", "mtt": "mtt",
                         "generator": "generator", "random_real": "random", "herding": "herding", "k_center": "k_center",
@@ -54,10 +48,14 @@ class Study(Spec):
     steps), set_lr, set_augment, set_cutmix, evaluation_seeds, and evaluation_archs, other networks to train on them, as
     ``ARCH:WIDTH``.
 
-    Pruning: arms, fraction, rounds, at_rounds (the rounds whose tickets are trained and measured), rewind_epochs (what
-    ``ltr`` rewinds to), scope. Measuring: seeds (initialisations), children (per ticket), points on a path, statistics
-    (BatchNorm on the way), path_precision (of paths and planes), plane_arms, plane_resolution, plane_images, hessian_arms,
-    hessian_images, probes, lanczos_steps. run: seed of the whole study.
+    Pruning: arms (names: :mod:`dpkit.stages.arms`), fraction, rounds, at_rounds (the rounds whose tickets are trained and
+    measured), scope, allocation, spare (as in ``PruneSpec``), rewind_epochs (what ``ltr`` rewinds to), snapshots (further steps
+    of the dense run to keep, for ``ltr_STEP``), combined_round (distilled rounds of ``combined``), large_batch, early_epochs (of
+    the searches that are named so), score_per_class (real images that SNIP and GraSP see). Measuring: seeds
+    (initialisations), children (per ticket), early_bird_sources (``real`` or small sets) and early_bird_points (networks along
+    their training), robust_arms, corruptions, severities, bits and robust_images (as in ``RobustnessSpec``), points on a path,
+    statistics (BatchNorm on the way), path_precision (of paths and planes), plane_arms, plane_resolution, plane_images,
+    hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
     """
 
     dataset: str = "shapes"
@@ -129,14 +127,28 @@ class Study(Spec):
     set_cutmix: float = 0.5
     evaluation_seeds: int = 5
     evaluation_archs: tuple[str, ...] = ()
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = ("imp", "ltr", "distilled", "random_real", "random")
     fraction: float = 0.2
     rounds: int = 5
     at_rounds: tuple[int, ...] = (2, 5)
     rewind_epochs: float = 1.0
     scope: str = "all"
+    allocation: str = "global"
+    spare: tuple[str, ...] = ()
+    snapshots: tuple[int, ...] = ()
+    combined_round: int = 2
+    large_batch: int = 512
+    early_epochs: int = 2
+    score_per_class: int = 10
     seeds: int = 3
     children: int = 2
+    early_bird_sources: tuple[str, ...] = ("real", "idc")
+    early_bird_points: int = 10
+    robust_arms: tuple[str, ...] = ("dense", "imp", "distilled", "random_real")
+    corruptions: tuple[str, ...] = RobustnessSpec().corruptions
+    severities: tuple[int, ...] = RobustnessSpec().severities
+    bits: tuple[int, ...] = RobustnessSpec().bits
+    robust_images: int = 0
     points: int = 11
     statistics: str = "reestimate"
     path_precision: str = "fp32"
@@ -150,19 +162,23 @@ class Study(Spec):
     run: int = 0
 
     def check(self) -> None:
-        known = (*SETS, *self.published_files)
-        for name, allowed in (("arms", tuple(ARMS)), ("sets", (*known, *(n + SOFT for n in known))),
-                              ("plane_arms", ("dense", *self.arms)), ("hessian_arms", ("dense", *self.arms))):
+        for name in self.arms:
+            self.arm(name)
+        for name, allowed in (("sets", self.known_sets), ("early_bird_sources", ("real", *self.known_sets)),
+                              *((f"{part}_arms", ("dense", *self.arms)) for part in ("plane", "hessian", "robust"))):
             unknown = [v for v in getattr(self, name) if v not in allowed]
             shown = [v for v in allowed if not v.endswith(SOFT)]
             more = f", and each with {SOFT}" if len(shown) < len(allowed) else ""
             self.require(not unknown, f"{name} must be chosen from {', '.join(shown)}{more}; got {', '.join(unknown)}")
-        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs", "set_seeds", "expert_count", "el2n_networks"):
+        for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs", "set_seeds", "expert_count", "el2n_networks",
+                     "combined_round", "large_batch", "early_epochs", "score_per_class", "early_bird_points"):
             self.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         self.require(self.children >= 2, f"children must be >= 2, a path needs two ends; got {self.children}")
         self.require(bool(self.at_rounds), "at_rounds must name at least one round")
         wrong = [r for r in self.at_rounds if not 1 <= r <= self.rounds]
         self.require(not wrong, f"at_rounds must lie in [1, {self.rounds}], the rounds; got {wrong}")
+        self.require("combined" not in self.arms or self.combined_round <= self.rounds,
+                     f"combined_round must lie in [1, {self.rounds}], the rounds; got {self.combined_round}")
         self.between("rewind_epochs", 0, self.epochs, open_low=True, open_high=True)
         self.one_of("statistics", ("reestimate", "interpolate"))
         # each specification checks its own fields; what it calls them is put in the words of this file
@@ -179,12 +195,23 @@ class Study(Spec):
         for name in ("distill_memory", "distill_pool"):
             self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
         ModelSpec(arch=self.arch, width=self.width)
-        self.others  # noqa: B018
+        self.search, self.others  # noqa: B018
+        _checked(lambda: self.robustness, images="robust_images")
         _checked(lambda: PathSpec(points=self.points, precision=self.path_precision), precision="path_precision")
         _checked(lambda: PlaneSpec(resolution=self.plane_resolution, images=self.plane_images), resolution="plane_resolution",
                  images="plane_images")
         _checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
                  images="hessian_images")
+
+    @property
+    def known_sets(self) -> tuple[str, ...]:
+        """All small sets by name, those with soft labels last."""
+        plain = (*SETS, *self.published_files)
+        return (*plain, *(name + SOFT for name in plain))
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name; raises ``ValueError`` where this study has none."""
+        return arm_of(name, self.known_sets, self.snapshots)
 
     # --- the only conversions from parameters to specifications ---------------------------------------------------------
     @property
@@ -269,7 +296,24 @@ class Study(Spec):
     @property
     def prune(self) -> PruneSpec:
         """How masks are found."""
-        return PruneSpec(fraction=self.fraction, rounds=self.rounds, scope=self.scope)
+        return PruneSpec(fraction=self.fraction, rounds=self.rounds, scope=self.scope, allocation=self.allocation,
+                         spare=self.spare)
+
+    @property
+    def search(self) -> dict[str, TrainSpec]:
+        """How searches on real data train, by :attr:`Arm.training`.
+
+        A large batch keeps rate and passes, so it takes fewer steps. Stopping early is the first epochs at a constant rate,
+        which is what they are in a schedule that falls late.
+        """
+        return {"usual": self.train, "large_batch": self.train.replace(batch_size=self.large_batch),
+                "early_stopped": self.train.replace(epochs=self.early_epochs, schedule="constant")}
+
+    @property
+    def robustness(self) -> RobustnessSpec:
+        """What networks have to stand."""
+        return RobustnessSpec(corruptions=self.corruptions, severities=self.severities, bits=self.bits,
+                              images=self.robust_images)
 
     def model(self, identity: dict) -> ModelSpec:
         """The network for a data set of this identity (``Dataset.identity``)."""

@@ -118,7 +118,8 @@ _WHITENED: dict[tuple[DataSpec, str], Whitening] = {}
 class Stage:
     """function: (context, unit, parents' artifacts) -> Output. version: see :attr:`Unit.version`.
 
-    many: the same for several units at once, where that is faster; group: units with equal groups may go together.
+    many: the same for several units at once, where that is faster; group: units with equal groups may go together. tolerant:
+    parents that have no result are left out, and only where all have none there is none here.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Stage:
     function: Callable[[Context, Unit, Mapping[str, Artifact]], Output]
     many: Callable[[Context, list[Unit], list[Mapping[str, Artifact]]], list[Output]] | None = None
     group: Callable[[Unit], str] | None = None
+    tolerant: bool = False
 
 
 STAGES: dict[str, Stage] = {}

@@ -1,0 +1,190 @@
+"""Figures over many arms: a panel a family, differences seed by seed, and what the searches cost."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dpkit.report.arms import averages, family, is_control, ordered, split
+from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, threshold, title, whiskers
+from dpkit.report.frames import summary
+
+FEW = 6  # so many arms still fit one panel
+REFERENCES = ("imp", "random")  # in every panel
+LINES = ("-", "--", ":", "-.")
+SPARE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
+
+
+def look(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line style of each arm, so that no two of the ``names`` look alike.
+
+    An arm has its own colour and marker; where another has taken them (controls have their arm's) the line style changes, and the
+    marker to one that is free.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        shade, marker = colour(name), MARKERS.get(split(name)[0].removesuffix("_soft"), "o")
+        taken = [style for style in found.values() if style["color"] == shade]
+        used = [style["marker"] for style in found.values()]
+        if marker in used:
+            marker = next((m for m in SPARE_MARKERS if m not in used), marker)
+        found[name] = {"color": shade, "marker": marker, "linestyle": LINES[len(taken) % len(LINES)]}
+    return found
+
+
+def families(names: Iterable[str]) -> dict[str, list[str]]:
+    """The arms by family, in order; ``dense`` is in none."""
+    found: dict[str, list[str]] = {}
+    for name in ordered(names):
+        if name != "dense":
+            found.setdefault(family(name), []).append(name)
+    return found
+
+
+def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
+    """``column`` in percent against sparsity for any number of arms: up to six in one panel, else a panel a family.
+
+    Every panel has the dense network, IMP and the random mask as thin lines, so that families can be compared. table: columns
+    arm, percent, seed, failed; rule: as in :func:`dpkit.report.figures.against_sparsity`.
+    """
+    if not len(table):
+        return nothing()
+    stats = summary(table, ["arm", "percent"], column)
+    groups = families(stats["arm"])
+    if sum(map(len, groups.values())) <= FEW:
+        return against_sparsity(table, column, label, rule=rule)
+    groups = {word: [n for n in names if n not in REFERENCES] for word, names in groups.items()}
+    groups = {word: names for word, names in groups.items() if names}
+    rows = -(-len(groups) // 2)
+    tallest = [max(len(names) for names in [*groups.values()][2 * r:2 * r + 2]) for r in range(rows)]
+    figure, axes = new(7.6, sum(2.5 + 0.19 * n for n in tallest) + 0.4, columns=min(2, len(groups)), rows=rows, sharex=True,
+                       sharey=True, squeeze=False, gridspec_kw={"height_ratios": [2.5 + 0.19 * n for n in tallest]})
+    sides = {arm: part.sort_values("percent") for arm, part in stats.groupby("arm", sort=False)}
+    for panel, (word, names) in zip(axes.flat, groups.items(), strict=False):
+        _references(panel, sides)
+        for i, (arm, style) in enumerate(look(names).items()):
+            part = sides[arm]
+            x = part["percent"] + (i - (len(names) - 1) / 2) * 0.5  # side by side, so that intervals can be told apart
+            whiskers(panel, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=style["color"], width=0.8)
+            panel.plot(x, 100 * part["mean"], markersize=4.5, lw=1.4, label=f"{title(arm)} (n = {part['n'].min()})", **style)
+        if rule is not None:
+            threshold(panel, rule)
+        panel.set_title(word, fontsize=10)
+        panel.tick_params(labelbottom=True)
+        panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.22), fontsize=8, handlelength=3)
+        panel.set_xlabel("sparsity (% of weights removed)", fontsize=9)
+    for panel in list(axes.flat)[len(groups):]:
+        panel.axis("off")
+    for row in axes:
+        row[0].set_ylabel(label)
+    axes[0][0].set_xticks(sorted({int(p) for p in stats["percent"] if p}))
+    handles, texts = axes[0][0].get_legend_handles_labels()
+    known = [(h, t) for h, t in zip(handles, texts, strict=True) if t.startswith("_") is False and "in every panel" in t]
+    if known:
+        figure.legend([h for h, _ in known], [t.removesuffix(", in every panel") for _, t in known], loc="outside upper center",
+                      ncols=len(known), fontsize=9)
+    for panel in list(axes.flat)[:len(groups)]:
+        own = [(h, t) for h, t in zip(*panel.get_legend_handles_labels(), strict=True) if "in every panel" not in t]
+        panel.legend([h for h, _ in own], [t for _, t in own], loc="upper left", bbox_to_anchor=(-0.02, -0.22), fontsize=8,
+                     handlelength=3)
+    return figure
+
+
+def _references(panel, sides: Mapping[str, pd.DataFrame]) -> None:
+    """The dense network as a dashed line, IMP and the random mask thin."""
+    if "dense" in sides:
+        row = sides["dense"].iloc[0]
+        panel.axhline(100 * row["mean"], color="black", lw=1, ls="--", label=f"dense (n = {row['n']}), in every panel")
+    for arm in REFERENCES:
+        if arm in sides:
+            part = sides[arm]
+            panel.fill_between(part["percent"], 100 * part["low"], 100 * part["high"], color=colour(arm), alpha=0.12, lw=0)
+            panel.plot(part["percent"], 100 * part["mean"], color=colour(arm), lw=1, marker=MARKERS[arm], markersize=3,
+                       label=f"{title(arm)} (n = {part['n'].min()}), in every panel")
+
+
+def differences(table: pd.DataFrame, label: str, column: str = "difference", levels: int = 3) -> Figure:
+    """Paired differences in points: a row an arm, families apart, a panel for each of the highest ``levels`` sparsities.
+
+    Dots are initialisations, the bar their mean, whiskers the 95% interval. table: of :func:`dpkit.report.arms.paired`.
+    """
+    if not len(table):
+        return nothing("no initialisation has both networks")
+    shown = sorted(set(table["percent"]))[-levels:]
+    groups = families(table["arm"])
+    places, y = {}, 0.0
+    for names in groups.values():
+        places |= {name: y + i for i, name in enumerate(names)}
+        y += len(names) + 0.7
+    figure, axes = new(7.6, 0.25 * y + 1.0, columns=len(shown), sharex=True, sharey=True, squeeze=False)
+    stats = averages(table, ["arm", "percent"], column)
+    for panel, percent in zip(axes[0], shown, strict=True):
+        panel.axvline(0, color="#444444", lw=1)
+        for _, row in stats[stats["percent"] == percent].iterrows():
+            at, shade = places[row["arm"]], colour(row["arm"])
+            dots = table[(table["arm"] == row["arm"]) & (table["percent"] == percent)].groupby("seed")[column].mean()
+            panel.plot(100 * dots, np.full(len(dots), at), "o", color=shade, markersize=4, alpha=0.5, markeredgewidth=0)
+            if row["n"] > 1:
+                whiskers(panel, [100 * row["mean"]], [at], [100 * row["low"]], [100 * row["high"]], horizontal=True,
+                         colour="#222222", width=1)
+            panel.plot(100 * row["mean"], at, "|", color=shade, markersize=11, markeredgewidth=2.5)
+        panel.set_title(f"{percent}% sparse", fontsize=10)
+        panel.grid(axis="y", visible=False)
+        panel.tick_params(axis="y", length=0)
+    _limits(axes[0][0], 100 * table[table["percent"].isin(shown)][column])
+    _rows(axes[0], places, groups)
+    figure.supxlabel(label, fontsize=10)
+    return figure
+
+
+def _limits(axes, values: pd.Series) -> None:
+    """An axis for the seeds: an interval of two seeds may be so wide that nothing else could be read; it is cut at the edge."""
+    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
+    spread = max(high - low, 1.0)
+    axes.set_xlim(low - 0.35 * spread, high + 0.35 * spread)
+
+
+def _rows(axes, places: Mapping[str, float], groups: Mapping[str, list[str]]) -> None:
+    """Names of the arms on the first panel, with a line between families in all."""
+    axes[0].set_yticks(list(places.values()), [title(name) for name in places], fontsize=9)
+    axes[0].set_ylim(max(places.values()) + 0.8, -0.8)
+    for names in list(groups.values())[1:]:
+        for panel in axes:
+            panel.axhline(places[names[0]] - 0.85, color="#BBBBBB", lw=0.8)
+
+
+def cost(table: pd.DataFrame) -> Figure:
+    """What each search cost: images processed, floating-point operations, seconds; logarithmic axes.
+
+    Images: a full mark for decoded ones, an open one for as stored. Seconds: a full mark for the search, an open one with making
+    the set and the networks that this rests on. Means over initialisations. table: of :func:`dpkit.report.ledger.ledger`.
+    """
+    table = table[[not is_control(name) for name in table["arm"]]] if len(table) else table
+    if not len(table):
+        return nothing("no search is whole yet")
+    groups = families(table["arm"])
+    places = {name: float(i) for i, name in enumerate(n for names in groups.values() for n in names)}
+    stats = table.groupby("arm")[["points", "stored_points", "flops", "seconds", "seconds_with_set"]].mean()
+    figure, axes = new(7.6, 0.27 * len(places) + 1.5, columns=3, sharey=True, squeeze=False)
+    columns = (("points", "stored_points", "images processed"), ("flops", None, "operations (FLOP)"),
+               ("seconds", "seconds_with_set", "seconds"))
+    for panel, (column, second, label) in zip(axes[0], columns, strict=True):
+        for name, y in places.items():
+            first, other = stats.at[name, column], stats.at[name, second] if second else float("nan")
+            if np.isfinite(other) and other != first:
+                panel.plot([first, other], [y, y], color=colour(name), lw=1.2)
+                panel.plot(other, y, "o", color="white", markeredgecolor=colour(name), markeredgewidth=1.4, markersize=6)
+            panel.plot(first, y, "o", color=colour(name), markeredgecolor="#222222", markeredgewidth=0.5, markersize=6)
+        panel.set(xscale="log", xlabel=label)
+        panel.grid(axis="y", visible=False)
+        panel.tick_params(axis="y", length=0)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.margins(x=0.12)
+    _rows(axes[0], places, groups)
+    for full, text in (("#777777", "decoded images; the search alone"), ("white", "images as stored; with making the set")):
+        axes[0][0].plot([], [], "o", color=full, markeredgecolor="#555555", label=text)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    return figure
