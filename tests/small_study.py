@@ -17,8 +17,10 @@ TINY = {"sets": SETS, "dc_outer": 2, "dc_inner": 2, "dc_real_batch": 8, "dc_netw
         "batch_size": 32, "ipc": 1, "distill_outer": 2,
         "distill_inner": 1, "distill_network_images": 32, "set_epochs": 3, "evaluation_seeds": 1, "fraction": 0.4, "rounds": 2,
         "at_rounds": (2,), "rewind_epochs": 0.5, "seeds": 1, "points": 3, "plane_resolution": 3, "plane_images": 20,
-        "hessian_images": 10, "probes": 2, "lanczos_steps": 2, "plane_arms": ("dense",), "hessian_arms": ("dense", "imp")}
-CHAPTERS = ("data", "distillation", "tickets", "connectivity", "landscape", "hessian")
+        "hessian_images": 10, "probes": 2, "lanczos_steps": 2, "early_bird_points": 2, "plane_arms": ("dense",),
+        "hessian_arms": ("dense", "imp"), "robust_arms": ("dense", "imp"), "corruptions": ("contrast",),
+        "severities": (3,), "bits": (4,)}
+CHAPTERS = ("data", "distillation", "tickets", "masks", "robustness", "connectivity", "landscape", "hessian")
 
 
 @functools.cache

@@ -13,8 +13,7 @@ SETS = ("idc", "dm", "herding", "idc_soft")
 EVERY = (*ARMS, "dm", "herding", "imp_weights", "distilled_norm_only", "imp_shuffled", "distilled_reinit", "ltr_signs",
          "distilled_weights_shuffled")
 WIDE = {"arms": EVERY, "combined_round": 1, "large_batch": 64, "early_epochs": 1, "score_per_class": 2, "snapshots": (3,),
-        "early_bird_points": 2, "robust_arms": ("dense", "snip"), "corruptions": ("contrast",), "severities": (3,),
-        "bits": (4,)}
+        "robust_arms": ("dense", "snip")}
 
 
 # --- names ---

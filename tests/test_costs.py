@@ -4,10 +4,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from small_study import plan, units
+from small_study import CHAPTERS, plan, units
 
 from dpkit.models import ModelSpec, count_prunable, init
-from dpkit.stages import Plan, Study, closure, compute, costs, forecast
+from dpkit.stages import Plan, Study, closure, compute, costs, footprint, forecast
 from dpkit.stages import features as feats
 from dpkit.stages.costs import Model, Timing, non_negative
 from dpkit.store import Store, machine
@@ -93,23 +93,23 @@ def test_sizes_are_those_of_the_network(arch):
 
 def test_disk_is_predicted_to_a_block_or_two(store):
     made = plan()
-    wanted = [*units(made, "connectivity", "hessian", "landscape", "distillation")]
+    wanted = [*units(made, *CHAPTERS)]
     compute(store, wanted, device="cpu")
     for key, unit in closure(wanted).items():
         files = list(store.path(key).iterdir())
-        blocks = sum(-(-f.stat().st_size // feats.BLOCK) for f in files) + 1
-        expected = feats.disk(unit.stage, unit.spec, {r: p.spec for r, p in unit.parents.items()}) / feats.BLOCK
+        blocks = sum(-(-f.stat().st_size // footprint.BLOCK) for f in files) + 1
+        expected = footprint.disk(unit.stage, unit.spec, {r: p.spec for r, p in unit.parents.items()}) / footprint.BLOCK
         assert abs(blocks - expected) <= 2, unit.label
 
 
 def test_memory_grows_with_batch_width_and_population():
     def of(**changes):
         unit = study(**changes).dense(0, "child")
-        return feats.memory(unit.stage, unit.spec, {})
+        return footprint.memory(unit.stage, unit.spec, {})
 
-    assert feats.BASE_MEMORY < of(width=8) < of(width=64) < of(width=64, batch_size=1024)
+    assert footprint.BASE_MEMORY < of(width=8) < of(width=64) < of(width=64, batch_size=1024)
     unit = study(width=64).dense(0, "child")
-    assert feats.memory(unit.stage, unit.spec, {}, 16) > 1.2 * feats.memory(unit.stage, unit.spec, {})
+    assert footprint.memory(unit.stage, unit.spec, {}, 16) > 1.2 * footprint.memory(unit.stage, unit.spec, {})
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------------

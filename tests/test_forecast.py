@@ -40,7 +40,8 @@ def test_the_schedule_is_played_through():
 
 
 def test_populations_are_played_through_too():
-    made = study(seeds=3, arms=("imp", "random"), children=2, plane_arms=("dense",), hessian_arms=("dense",))
+    made = study(seeds=3, arms=("imp", "random"), children=2, plane_arms=("dense",), hessian_arms=("dense",),
+                 robust_arms=("dense",))
     todo = closure(e.unit for e in made.tickets())
     seen = []
 

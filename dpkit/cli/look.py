@@ -18,6 +18,10 @@ store_app = typer.Typer(help="Carry artifacts between machines.", no_args_is_hel
 app.add_typer(store_app, name="store")
 app.add_typer(foresee.app)
 
+#: what the scopes that a name may end in keep as trained
+SCOPED = {"weights": "weights alone are rewound; biases, norms and statistics stay as trained (the authors' form)",
+          "norm_only": "all is rewound but the norms, which stay as trained"}
+
 
 @app.command()
 def status(profile: Profile = "quick", set: Settings = None, workers: Workers = 0) -> None:
@@ -143,6 +147,25 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
             print(f"dpkit: numbers as recorded in {short(folder)} ({reason})", file=sys.stderr)
             return [json.loads(line) for line in (folder / "numbers.jsonl").read_text().splitlines() if line]
     return []
+
+
+@app.command()
+def arms() -> None:
+    """The arms that a study can have: how each one finds its mask, and the suffixes that go with all of them."""
+    from dpkit import stages
+    from dpkit.stages.study import SETS
+
+    width = max(map(len, stages.ARMS)) + 2
+    for name, arm in stages.ARMS.items():
+        out.print(f"{name:<{width}}{escape(arm.title)}")
+    out.print(f"{'ltr_STEP':<{width}}IMP, rewound to another step of the dense run (parameter snapshots)")
+    out.print(f"{'SET':<{width}}IMP that searches with a small set: {', '.join(SETS)}, each also with _soft, and published ones")
+    out.print("\nbehind any arm that trains, what rewinding resets:")
+    for scope in stages.SUFFIXES:
+        out.print(f"{'_' + scope:<{width}}{SCOPED[scope]}")
+    out.print("\nbehind any arm, a control:")
+    for name, what in stages.CONTROLS.items():
+        out.print(f"{'_' + name:<{width}}{escape(what)}")
 
 
 @app.command()

@@ -4,9 +4,8 @@ Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common
 1903.12261, section 3; the constants of each severity are those of the authors' code for CIFAR-10 (hendrycks/robustness on
 GitHub, ``ImageNet-C/create_c/make_cifar_c.py``). Frost is left out: it pastes photographs that are not part of the test images.
 
-What differs from the published files: the random numbers; interpolation in ``elastic_transform`` (OpenCV places pixels to 1/32,
-here they are not rounded) and the distance map inside ``spatter`` (OpenCV approximates it); JPEG's last bits follow the installed
-encoder. Two more things are chosen here, for images of another size than the published 32 x 32. Lengths in pixels grow with an
+What differs from the published files: the random numbers, the rounding of intermediate values (by one level of 255 here and
+there), and JPEG's last bits, which follow the installed encoder. Two more things are chosen here, for images of another size than the published 32 x 32. Lengths in pixels grow with an
 image, by size / 32, and stay as they are on a smaller one, where half a pixel of blur would be none. And in a grey image,
 which is three equal channels for the two corruptions that have a colour, ``saturate`` and ``spatter``, their luminance is kept.
 """
@@ -93,7 +92,7 @@ def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator
 
 def _bytes(x: Tensor) -> Tensor:
     """As uint8, rounded down; what single precision takes from a whole number is given back."""
-    return (255 * x.clamp(0, 1) + 1e-3).to(torch.uint8)
+    return (255 * x.clamp(0, 1) + 1e-4).to(torch.uint8)
 
 
 # --- noise ----------------------------------------------------------------------------------------------------------------
@@ -144,12 +143,13 @@ def _motion_blur(x: Tensor, c: tuple, scale: float, generator: torch.Generator) 
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """Whole 255ths, the nearest ones: what the program for motion hands on is an image file."""
-    return torch.round(255 * x) / 255
+    """The nearest whole 255ths, halves up: what goes through an image file or Pillow."""
+    return torch.floor(255 * x + 0.5 + 1e-4) / 255
 
 
 def _zoom_blur(x: Tensor, c: int, scale: float, generator: torch.Generator) -> Tensor:
-    return (x + sum(filters.zoomed(x, 1 + i / 100) for i in range(c))) / (c + 1)
+    hundredth = 1.01 - 1  # with the rounding of numpy's arange, which decides how many pixels a zoom of 1.25 has
+    return (x + sum(filters.zoomed(x, 1 + i * hundredth) for i in range(c))) / (c + 1)
 
 
 # --- weather --------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,8 @@ def _fog(x: Tensor, c: tuple, scale: float, generator: torch.Generator) -> Tenso
 
 
 def _spatter(x: Tensor, c: tuple, scale: float, generator: torch.Generator) -> Tensor:
-    """The liquid's deviation grows with its blur on a large image, so that as much of it stands out as on a small one."""
+    """On a large image the liquid's deviation grows with its blur, so that as much of it stands out as on a small one. Where it is
+    above 1 it is cut; in the published code such a rare value goes round to near 0."""
     mean, deviation, blur, threshold, last, mud = c
     liquid = mean + deviation * scale * torch.randn((len(x), *x.shape[2:]), generator=generator)
     liquid = filters.gaussian(liquid, blur * scale)

@@ -162,13 +162,30 @@ def edges(x: Tensor, low: int, high: int) -> Tensor:
 
 
 def distance(marked: Tensor, most: float) -> Tensor:
-    """Euclidean distance in pixels of each place of (N, H, W) to the nearest ``marked`` one, at most ``most``: float32."""
-    size = marked.shape[-1]
-    squares = (torch.arange(size)[:, None] - torch.arange(size)).float() ** 2
-    found = torch.where(marked, 0.0, float("inf"))
-    for _ in range(2):  # along one axis, then the other: the square of the distance is a sum over axes
-        found = (found.transpose(1, 2)[:, :, None, :] + squares).amin(-1)
-    return found.sqrt().clamp_max(most)
+    """Distance in pixels of each place of (N, H, W) to the nearest ``marked`` one, at most ``most``: float32.
+
+    Steps to the side cost 1, diagonal ones 1.4 and a knight's 2.1969, close to the Euclidean distance (Borgefors 1986, Distance
+    transformations in digital images), in two passes over the rows, as OpenCV's ``distanceTransform`` with a 5 x 5 mask.
+    """
+    found = torch.where(marked, 0.0, float("inf")).double()
+    for _ in range(2):  # from the top left, then the same upside down and back to front
+        found = _from_above(found).flip(1, 2)
+    return found.clamp_max(most).float()
+
+
+def _from_above(found: Tensor) -> Tensor:
+    side, diagonal, knight = 1.0, 1.4, 2.1969
+    width, place = found.shape[2], torch.arange(found.shape[2], dtype=found.dtype)
+    empty = torch.full((len(found), width + 4), float("inf"), dtype=found.dtype)
+    above, higher, rows = empty, empty, []
+    for row in found.unbind(1):
+        near = [(above, 0, knight), (above, 1, diagonal), (above, 2, side), (above, 3, diagonal), (above, 4, knight),
+                (higher, 1, knight), (higher, 3, knight)]
+        best = torch.stack([row, *(line[:, start:start + width] + cost for line, start, cost in near)]).amin(0)
+        best = (best - place).cummin(1).values + place  # steps to the right, all at once
+        rows.append(best)
+        above, higher = F.pad(best, (2, 2), value=float("inf")), above
+    return torch.stack(rows, 1)
 
 
 def equalised(x: Tensor) -> Tensor:

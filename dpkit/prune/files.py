@@ -93,7 +93,7 @@ def save(path: str | Path, ticket: Ticket, model: ModelSpec, about: Mapping[str,
     except (TypeError, ValueError) as error:
         raise ValueError(f"about must hold plain finite values (text, numbers, lists, dictionaries); {error}") from None
     shown = json.dumps(text, indent=1, ensure_ascii=False)
-    _place({beside: f"{shown}\n".encode(), file: to_bytes(tensors, {"format": "pt", "ticket": shown})}, overwrite)
+    _place({beside: f"{shown}\n".encode(), file: to_bytes(tensors, {"ticket": shown})}, overwrite)
     return file, beside
 
 

@@ -104,7 +104,7 @@ def check(mask: Mask, params: Params) -> None:
     unknown = [name for name in mask if name not in params]
     if unknown:
         missing = [name for name, t in params.items() if t.dim() > 1 and name not in mask]
-        raise ValueError(f"mask names {listed(unknown)}, which the network has not, "
+        raise ValueError(f"mask names {listed(unknown)}, which the network lacks, "
                          f"{f'and leaves out {listed(missing)}' if missing else f'it has {listed(params)}'}; "
                          "use a mask of this architecture")
     for name, m in mask.items():
@@ -119,7 +119,7 @@ def check_model(mask: Mask, model: models.ModelSpec) -> None:
     lacks, knows_not = [n for n in shapes if n not in mask], [n for n in mask if n not in shapes]
     if lacks or knows_not:
         sides = [f"lacks {listed(lacks)}"] * bool(lacks)
-        sides += [f"has {listed(knows_not)}, which {model.arch} has not"] * bool(knows_not)
+        sides += [f"has {listed(knows_not)}, which {model.arch} lacks"] * bool(knows_not)
         raise ValueError(f"mask must cover the prunable weights of {model.arch}, but it {' and '.join(sides)}; "
                          "use a mask of this architecture")
     for name, m in mask.items():

@@ -44,13 +44,13 @@ def attach(module: nn.Module, source: Source, how: str = "prune", weights: bool 
     params, buffers, mask = _parts(source)
     if weights and not params:
         raise ValueError("attach loads a ticket's weights, but this one is a mask alone; pass weights=False to keep the module's")
+    left_out = _check_names(names, params, (*params, *buffers, *mask))
     if not weights:
         params, buffers = {}, {}
     own = dict(module.named_parameters(remove_duplicate=False))
     running = {n: b for n, b in module.named_buffers() if not n.endswith(COUNTER)}
     if pruned := [n for n in own if n.endswith("_orig")]:
         raise ValueError(f"the module is pruned already (it has {pruned[0]}); use dpkit.prune.modules.strip on it first")
-    left_out = _check_names(names, (*params, *buffers, *mask))
     kept = _matched("mask", mask, own, names)
     loaded, moved = _matched("parameters", params, own, names), _matched("buffers", buffers, running, names)
     shared = [n for n in kept if sum(p is own[n] for p in own.values()) > 1]
@@ -97,13 +97,13 @@ def revived(module: nn.Module, source: Source, names: Names | None = None) -> in
 
     Raises ``ValueError`` where the module lacks a masked weight or has it in another shape.
     """
-    mask = _parts(source)[2]
+    params, buffers, mask = _parts(source)
+    _check_names(names, params, (*params, *buffers, *mask))
     have = dict(module.named_parameters(remove_duplicate=False))
     for prefix, layer in module.named_modules():
         for hook in layer._forward_pre_hooks.values():
             if isinstance(hook, prune.BasePruningMethod):  # what the next forward pass will compute with
                 have[f"{prefix}.{hook._tensor_name}".lstrip(".")] = hook.apply_mask(layer)
-    _check_names(names, tuple(mask))
     return sum(int((have[n][~m.to(have[n].device)] != 0).sum()) for n, m in _matched("mask", mask, have, names).items())
 
 
@@ -134,9 +134,12 @@ def _renamed(names: Names | None, name: str) -> str | None:
     return name
 
 
-def _check_names(names: Names | None, known: Collection[str]) -> set[str]:
-    """The ticket's names that are left out; raises ``ValueError`` on a renaming that says nothing or one thing twice."""
-    if isinstance(names, Mapping):
+def _check_names(names: Names | None, params: Params, known: Collection[str]) -> set[str]:
+    """The ticket's names that are left out; raises ``ValueError`` on a renaming that says nothing or one thing twice.
+
+    A mask alone does not know the network's other names, so one renaming may serve both.
+    """
+    if isinstance(names, Mapping) and params:
         idle = [n for n in names if not any(k == n or k.startswith(f"{n}.") for k in known)]
         if idle:
             raise ValueError(f"names has {idle[0]!r}, the ticket has {listed(known)}; correct it or take it out")

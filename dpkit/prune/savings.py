@@ -119,9 +119,10 @@ def check_tensors(group: str, tensors: Mapping[str, Tensor], shapes: Mapping[str
         said += [f"has {listed(unknown)}, which the network has not"] * bool(unknown)
         raise ValueError(f"{group} of {where} must have the network's {len(shapes)} tensors, but it {' and '.join(said)}; "
                          "use the specification that it was made with")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{group} of {where}: {name} must be {shapes[name]} as in the network, got {tuple(tensor.shape)}; "
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{group} of {where}: {name} must be {shape} as in the network, got {tuple(tensor.shape)}; "
                              "use the specification that it was made with")
         if (tensor.dtype == torch.bool) != (group == "mask"):
             wanted, got = "bool" if group == "mask" else "numbers", str(tensor.dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from dpkit.report.arms import averages, family, is_control, ordered, split
 from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, threshold, title, whiskers
@@ -15,6 +16,7 @@ from dpkit.report.frames import summary
 FEW = 6  # so many arms still fit one panel
 REFERENCES = ("imp", "random")  # in every panel
 LINES = ("-", "--", ":", "-.")
+LIGHT = ("#F0E442", "#9ADBC5")  # colours that need a rim on white
 SPARE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 
 
@@ -44,6 +46,32 @@ def families(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
+def stacked(groups: Mapping[str, list[str]], label: str, xlabel: str, **options: Any) -> tuple[Figure, list]:
+    """A figure with a panel a family, one below another with equal axes, and room for their legends on the right."""
+    heights = [max(1.75, 0.17 * len(names) + 0.35) for names in groups.values()]
+    figure, axes = new(7.6, sum(heights) + 0.28 * len(heights) + 0.5, rows=len(groups), sharex=True, sharey=True, squeeze=False,
+                       gridspec_kw={"height_ratios": heights}, **options)
+    found = [row[0] for row in axes]
+    for panel, word in zip(found, groups, strict=True):
+        panel.set_title(word, fontsize=10, loc="left")
+    found[-1].set_xlabel(xlabel)
+    figure.supylabel(label, fontsize=10)
+    return figure, found
+
+
+def line(panel, x: Any, part: pd.DataFrame, name: str, style: Mapping[str, Any]) -> None:
+    """An arm's means in percent with their intervals, cut to [0, 1], as thin bars, and its entry in the legend."""
+    panel.vlines(x, 100 * part["low"].clip(0), 100 * part["high"].clip(upper=1), color=style["color"], lw=1.0, alpha=0.6)
+    rim = [withStroke(linewidth=2.6, foreground="#666666")] if style["color"] in LIGHT else []
+    panel.plot(x, 100 * part["mean"], markersize=4.5, lw=1.4, label=f"{title(name)} (n = {part['n'].min()})", path_effects=rim,
+               **style)
+
+
+def legend(panel) -> None:
+    """The panel's legend on its right."""
+    panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.05), fontsize=8, handlelength=3, frameon=False)
+
+
 def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
     """``column`` in percent against sparsity for any number of arms: up to six in one panel, else a panel a family.
 
@@ -58,69 +86,56 @@ def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | Non
         return against_sparsity(table, column, label, rule=rule)
     groups = {word: [n for n in names if n not in REFERENCES] for word, names in groups.items()}
     groups = {word: names for word, names in groups.items() if names}
-    rows = -(-len(groups) // 2)
-    tallest = [max(len(names) for names in [*groups.values()][2 * r:2 * r + 2]) for r in range(rows)]
-    figure, axes = new(7.6, sum(2.5 + 0.19 * n for n in tallest) + 0.4, columns=min(2, len(groups)), rows=rows, sharex=True,
-                       sharey=True, squeeze=False, gridspec_kw={"height_ratios": [2.5 + 0.19 * n for n in tallest]})
+    figure, panels = stacked(groups, label, "sparsity (% of weights removed)")
     sides = {arm: part.sort_values("percent") for arm, part in stats.groupby("arm", sort=False)}
-    for panel, (word, names) in zip(axes.flat, groups.items(), strict=False):
-        _references(panel, sides)
+    for panel, names in zip(panels, groups.values(), strict=True):
+        shown = _references(panel, sides)
         for i, (arm, style) in enumerate(look(names).items()):
-            part = sides[arm]
-            x = part["percent"] + (i - (len(names) - 1) / 2) * 0.5  # side by side, so that intervals can be told apart
-            whiskers(panel, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=style["color"], width=0.8)
-            panel.plot(x, 100 * part["mean"], markersize=4.5, lw=1.4, label=f"{title(arm)} (n = {part['n'].min()})", **style)
+            # side by side, so that intervals can be told apart
+            line(panel, sides[arm]["percent"] + (i - (len(names) - 1) / 2) * 0.5, sides[arm], arm, style)
         if rule is not None:
             threshold(panel, rule)
-        panel.set_title(word, fontsize=10)
-        panel.tick_params(labelbottom=True)
-        panel.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.22), fontsize=8, handlelength=3)
-        panel.set_xlabel("sparsity (% of weights removed)", fontsize=9)
-    for panel in list(axes.flat)[len(groups):]:
-        panel.axis("off")
-    for row in axes:
-        row[0].set_ylabel(label)
-    axes[0][0].set_xticks(sorted({int(p) for p in stats["percent"] if p}))
-    handles, texts = axes[0][0].get_legend_handles_labels()
-    known = [(h, t) for h, t in zip(handles, texts, strict=True) if t.startswith("_") is False and "in every panel" in t]
-    if known:
-        figure.legend([h for h, _ in known], [t.removesuffix(", in every panel") for _, t in known], loc="outside upper center",
-                      ncols=len(known), fontsize=9)
-    for panel in list(axes.flat)[:len(groups)]:
-        own = [(h, t) for h, t in zip(*panel.get_legend_handles_labels(), strict=True) if "in every panel" not in t]
-        panel.legend([h for h, _ in own], [t for _, t in own], loc="upper left", bbox_to_anchor=(-0.02, -0.22), fontsize=8,
-                     handlelength=3)
+        legend(panel)
+    panels[0].set_xticks(sorted({int(p) for p in stats["percent"] if p}))
+    if shown:
+        figure.legend(shown, [entry.get_gid() for entry in shown], loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
-def _references(panel, sides: Mapping[str, pd.DataFrame]) -> None:
-    """The dense network as a dashed line, IMP and the random mask thin."""
+def _references(panel, sides: Mapping[str, pd.DataFrame]) -> list:
+    """The dense network as a dashed line, IMP and the random mask thin; returns the lines, named in their group's identifier."""
+    found = []
     if "dense" in sides:
         row = sides["dense"].iloc[0]
-        panel.axhline(100 * row["mean"], color="black", lw=1, ls="--", label=f"dense (n = {row['n']}), in every panel")
+        found.append(panel.axhline(100 * row["mean"], color="black", lw=1, ls="--", gid=f"dense (n = {row['n']})"))
     for arm in REFERENCES:
         if arm in sides:
             part = sides[arm]
             panel.fill_between(part["percent"], 100 * part["low"], 100 * part["high"], color=colour(arm), alpha=0.12, lw=0)
-            panel.plot(part["percent"], 100 * part["mean"], color=colour(arm), lw=1, marker=MARKERS[arm], markersize=3,
-                       label=f"{title(arm)} (n = {part['n'].min()}), in every panel")
+            found += panel.plot(part["percent"], 100 * part["mean"], color=colour(arm), lw=1, marker=MARKERS[arm], markersize=3,
+                                gid=f"{title(arm)} (n = {part['n'].min()})")
+    return found
 
 
 def differences(table: pd.DataFrame, label: str, column: str = "difference", levels: int = 3) -> Figure:
     """Paired differences in points: a row an arm, families apart, a panel for each of the highest ``levels`` sparsities.
 
-    Dots are initialisations, the bar their mean, whiskers the 95% interval. table: of :func:`dpkit.report.arms.paired`.
+    Dots are initialisations, the bar their mean, whiskers the 95% interval. The random mask does not set the scale: where it
+    falls off the axis, an arrow says how far. table: of :func:`dpkit.report.arms.paired`.
     """
     if not len(table):
         return nothing("no initialisation has both networks")
     shown = sorted(set(table["percent"]))[-levels:]
     groups = families(table["arm"])
-    places, y = {}, 0.0
-    for names in groups.values():
-        places |= {name: y + i for i, name in enumerate(names)}
-        y += len(names) + 0.7
-    figure, axes = new(7.6, 0.25 * y + 1.0, columns=len(shown), sharex=True, sharey=True, squeeze=False)
+    places = _places(groups)
+    height = 0.25 * (max(places.values()) + 1.7) + 0.9
+    figure, axes = new(7.6, height, columns=len(shown), sharex=True, sharey=True, squeeze=False)
     stats = averages(table, ["arm", "percent"], column)
+    recent = table[table["percent"].isin(shown)]
+    most = recent[recent["arm"] != "random"] if (recent["arm"] != "random").any() else recent
+    low, high = min(0.0, 100 * most[column].min()), max(0.0, 100 * most[column].max())
+    reach = 0.3 * max(high - low, 1.0)  # an interval of two seeds may be so wide that nothing else could be read: it is cut
+    axes[0][0].set_xlim(low - reach, high + reach)
     for panel, percent in zip(axes[0], shown, strict=True):
         panel.axvline(0, color="#444444", lw=1)
         for _, row in stats[stats["percent"] == percent].iterrows():
@@ -131,20 +146,26 @@ def differences(table: pd.DataFrame, label: str, column: str = "difference", lev
                 whiskers(panel, [100 * row["mean"]], [at], [100 * row["low"]], [100 * row["high"]], horizontal=True,
                          colour="#222222", width=1)
             panel.plot(100 * row["mean"], at, "|", color=shade, markersize=11, markeredgewidth=2.5)
+            if not low - reach < 100 * row["mean"] < high + reach:
+                left = row["mean"] < 0
+                far = f"{100 * row['mean']:.0f}".replace("-", "−")
+                panel.annotate(f"← {far}" if left else f"{far} →", (0.02 if left else 0.98, at), va="center",
+                               xycoords=("axes fraction", "data"), ha="left" if left else "right", fontsize=8, color="#333333")
         panel.set_title(f"{percent}% sparse", fontsize=10)
         panel.grid(axis="y", visible=False)
         panel.tick_params(axis="y", length=0)
-    _limits(axes[0][0], 100 * table[table["percent"].isin(shown)][column])
     _rows(axes[0], places, groups)
     figure.supxlabel(label, fontsize=10)
     return figure
 
 
-def _limits(axes, values: pd.Series) -> None:
-    """An axis for the seeds: an interval of two seeds may be so wide that nothing else could be read; it is cut at the edge."""
-    low, high = min(0.0, float(values.min())), max(0.0, float(values.max()))
-    spread = max(high - low, 1.0)
-    axes.set_xlim(low - 0.35 * spread, high + 0.35 * spread)
+def _places(groups: Mapping[str, list[str]]) -> dict[str, float]:
+    """The row of each arm, with a gap between families."""
+    places, y = {}, 0.0
+    for names in groups.values():
+        places |= {name: y + i for i, name in enumerate(names)}
+        y += len(names) + 0.7
+    return places
 
 
 def _rows(axes, places: Mapping[str, float], groups: Mapping[str, list[str]]) -> None:
@@ -166,9 +187,9 @@ def cost(table: pd.DataFrame) -> Figure:
     if not len(table):
         return nothing("no search is whole yet")
     groups = families(table["arm"])
-    places = {name: float(i) for i, name in enumerate(n for names in groups.values() for n in names)}
+    places = _places(groups)
     stats = table.groupby("arm")[["points", "stored_points", "flops", "seconds", "seconds_with_set"]].mean()
-    figure, axes = new(7.6, 0.27 * len(places) + 1.5, columns=3, sharey=True, squeeze=False)
+    figure, axes = new(7.6, 0.25 * (max(places.values()) + 1.7) + 1.2, columns=3, sharey=True, squeeze=False)
     columns = (("points", "stored_points", "images processed"), ("flops", None, "operations (FLOP)"),
                ("seconds", "seconds_with_set", "seconds"))
     for panel, (column, second, label) in zip(axes[0], columns, strict=True):
@@ -186,5 +207,5 @@ def cost(table: pd.DataFrame) -> Figure:
     _rows(axes[0], places, groups)
     for full, text in (("#777777", "decoded images; the search alone"), ("white", "images as stored; with making the set")):
         axes[0][0].plot([], [], "o", color=full, markeredgecolor="#555555", label=text)
-    figure.legend(loc="outside upper center", ncols=2, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     return figure

@@ -10,7 +10,7 @@ from dpkit.statistics import mean_interval
 
 #: endings of names that say what rewinding leaves as the search trained it, and those of controls
 SCOPES = {"_weights": "only weights rewound", "_norm_only": "norms left as trained"}
-CONTROLS = {"_shuffled": "shuffled in layers", "_reinit": "fresh weights", "_signs": "fresh weights, signs kept"}
+CONTROLS = {"_shuffled": "shuffled in layers", "_reinit": "fresh weights", "_signs": "fresh, signs kept"}
 
 OTHERS, CHANGED = "other sets", "controls and other rewinding"
 #: the families of arms, in the order in which they are shown; arms of one family are drawn together
@@ -43,7 +43,7 @@ def called(name: str) -> str:
     """How an arm or a set is called, endings in words.
 
     >>> called("distilled_shuffled"), called("ltr_500"), called("dm_soft")
-    ('distilled pruning (IDC), shuffled in layers', 'IMP, rewound to step 500', 'DM, soft labels')
+    ('distilled, shuffled in layers', 'IMP, rewound to step 500', 'DM, soft labels')
     """
     base, endings = split(name)
     plain = base.removesuffix("_soft")
@@ -51,8 +51,8 @@ def called(name: str) -> str:
     text = f"IMP, rewound to step {step}" if step != plain and step.isdigit() else TITLES.get(plain, plain)
     if plain != base:
         text += ", soft labels"
-    if endings:
-        text = text.removesuffix(", rewound to start")  # which the ending corrects, or does not speak of
+    if endings:  # which correct the rest, or do not speak of it
+        text = text.removesuffix(", rewound to start").removesuffix(" pruning (IDC)")
     return ", ".join([text, *({**SCOPES, **CONTROLS}[ending] for ending in endings)])
 
 

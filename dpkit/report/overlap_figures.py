@@ -1,16 +1,19 @@
 """Figures of masks: who agrees with whom, where the weights are, which of them do anything, and when the mask is settled."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 
-from dpkit.report.arm_figures import FEW, families, look
+from dpkit.report.arm_figures import FEW, families, legend, line, look, stacked
 from dpkit.report.arms import averages, ordered
 from dpkit.report.figures import colour, new, nothing, title, whiskers
 from dpkit.report.overlap import ALL, with_arm
 
+SPARSITY = "sparsity (% of weights removed)"
 WRITTEN = 14  # so many arms leave room for a number in each cell
 
 
@@ -42,8 +45,10 @@ def agreement(table: pd.DataFrame, column: str = "excess", label: str = "overlap
     axes.tick_params(length=0)
     for edge in axes.spines.values():
         edge.set_visible(False)
-    inset = axes.inset_axes([0.62, 0.9, 0.36, 0.035]) if len(names) > 4 else None  # the empty half of the matrix
-    bar = figure.colorbar(shown, ax=None if inset is not None else axes, cax=inset, orientation="horizontal", shrink=0.6)
+    if len(names) > FEW:  # the empty half of the matrix has room
+        bar = figure.colorbar(shown, cax=axes.inset_axes([0.62, 0.9, 0.36, 0.035]), orientation="horizontal")
+    else:
+        bar = figure.colorbar(shown, ax=axes, shrink=0.9)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
@@ -68,7 +73,8 @@ def against_chance(table: pd.DataFrame, arm: str = "imp") -> Figure:
         axes.plot([*levels, 100 * row["mean"]], [y] * 3, color="#CCCCCC", lw=1.2, zorder=1)
         for level, tint in zip(levels, ("#AAAAAA", "#222222"), strict=True):
             axes.plot(level, y, "|", color=tint, markersize=11, markeredgewidth=2.2)
-        whiskers(axes, [100 * row["mean"]], [y], [100 * row["low"]], [100 * row["high"]], horizontal=True, colour="#444444", width=1)
+        whiskers(axes, [100 * row["mean"]], [y], [100 * max(0, row["low"])], [100 * min(1, row["high"])], horizontal=True,
+                 colour="#444444", width=1)
         axes.plot(100 * row["mean"], y, "o", color=colour(name), markeredgecolor="#222222", markeredgewidth=0.5, markersize=6.5)
     for mark, tint, text in (("|", "#AAAAAA", "chance, as many weights"), ("|", "#222222", "chance, as many in each layer"),
                              ("o", "#777777", f"with {title(arm)}")):
@@ -79,7 +85,7 @@ def against_chance(table: pd.DataFrame, arm: str = "imp") -> Figure:
     axes.set_xlabel("overlap: Jaccard index of the kept weights (%)")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     return figure
 
 
@@ -90,7 +96,8 @@ def densities(table: pd.DataFrame) -> Figure:
     """
     table = table[table["layer"] != ALL] if len(table) else table
     layers = list(dict.fromkeys(table["layer"])) if len(table) else []
-    return _panels(table, "density", "kept weights (%)", x={name: i for i, name in enumerate(layers)}, place="layer")
+    places = {name: i for i, name in enumerate(layers)}
+    return _panels(table, "density", "kept weights of a layer (%)", "", x=places, place="layer")
 
 
 def work(table: pd.DataFrame) -> Figure:
@@ -99,53 +106,57 @@ def work(table: pd.DataFrame) -> Figure:
 
     table: of :func:`dpkit.report.overlap.layers`; rows of the whole mask are used.
     """
-    table = table[table["layer"] == ALL] if len(table) else table
-    levels = sorted(set(table["percent"])) if len(table) else []
-    return _panels(table, "flops_kept", "multiply-adds kept (%)", x={p: float(p) for p in levels}, place="percent", diagonal=True)
+    levels = _levels(table)
+    return _panels(_whole(table), "flops_kept", "multiply-adds kept (%)", SPARSITY, x=levels, place="percent",
+                   rule=[100 - p for p in levels], rule_label="all layers alike")
 
 
-def _panels(table: pd.DataFrame, column: str, label: str, *, x: dict, place: str, diagonal: bool = False) -> Figure:
-    """``column`` in percent over the places ``x`` (value of the column ``place`` to position), a panel a family of arms."""
-    stats = averages(table, ["arm", place], column)
+def effective(table: pd.DataFrame) -> Figure:
+    """Effective against nominal sparsity: a line an arm, a panel a family. On the dashed line every kept weight lies on a path
+    from input to output; above it some do nothing, and at 100% the network is cut through.
+
+    table: of :func:`dpkit.report.overlap.layers`; rows of the whole mask are used.
+    """
+    levels = _levels(table)
+    return _panels(_whole(table), "effective_sparsity", "effective sparsity (%)", SPARSITY, x=levels, place="percent",
+                   rule=list(levels.values()), rule_label="all weights on a path")
+
+
+def _whole(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["layer"] == ALL] if len(table) else table
+
+
+def _levels(table: pd.DataFrame) -> dict:
+    """The sparsities of a frame, as positions."""
+    return {p: float(p) for p in sorted(set(table["percent"]))} if len(table) else {}
+
+
+def _panels(table: pd.DataFrame, column: str, label: str, xlabel: str, *, x: dict, place: str, rule: Sequence[float] = (),
+            rule_label: str = "") -> Figure:
+    """``column`` in percent over the places ``x`` (value of the column ``place`` to position), a panel a family of arms, IMP thin
+    in every panel; ``rule``: heights of a dashed line at these places."""
+    stats = averages(table, ["arm", place], column) if len(table) else table
     if not len(stats):
         return nothing()
     groups = families(stats["arm"])
     if sum(map(len, groups.values())) <= FEW:
         groups = {"": [name for names in groups.values() for name in names]}
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    heights = [2.4 + 0.19 * max(len(n) for n in [*groups.values()][columns * r:columns * r + columns]) for r in range(rows)]
-    figure, axes = new(7.6 if columns > 1 else 6.4, sum(heights) + 0.3, columns=columns, rows=rows, sharex=True, sharey=True,
-                       squeeze=False, gridspec_kw={"height_ratios": heights})
-    for panel, (word, names) in zip(axes.flat, groups.items(), strict=False):
-        if "imp" in set(stats["arm"]) and "imp" not in names:
-            part = stats[stats["arm"] == "imp"]
-            panel.plot(part[place].map(x), 100 * part["mean"], color=colour("imp"), lw=0.9, label=title("imp"))
-        if diagonal:
-            panel.plot(list(x.values()), [100 - v for v in x.values()], color="#777777", lw=0.9, ls="--",
-                       label="every layer alike")
+    figure, panels = stacked(groups, label, xlabel)
+    sides = {arm: part.assign(x=part[place].map(x)).sort_values("x") for arm, part in stats.groupby("arm", sort=False)}
+    for panel, names in zip(panels, groups.values(), strict=True):
+        if len(rule):
+            panel.plot(list(x.values()), rule, color="#777777", lw=0.9, ls="--", label=rule_label)
+        if "imp" in sides and "imp" not in names:
+            panel.plot(sides["imp"]["x"], 100 * sides["imp"]["mean"], color=colour("imp"), lw=0.9, label=title("imp"))
+        shift = 0.03 if place == "layer" else 0.4
         for i, (arm, style) in enumerate(look(names).items()):
-            part = stats[stats["arm"] == arm]
-            at = part[place].map(x) + (i - (len(names) - 1) / 2) * (0.03 if place == "layer" else 0.4)
-            whiskers(panel, at, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=style["color"], width=0.8)
-            panel.plot(at, 100 * part["mean"], markersize=4.5, lw=1.3, label=f"{title(arm)} (n = {part['n'].min()})", **style)
-        panel.set_title(word, fontsize=10)
-        panel.tick_params(labelbottom=True)
-        below = -0.42 if place == "layer" else -0.24
-        panel.legend(loc="upper left", bbox_to_anchor=(-0.02, below), fontsize=8, handlelength=3)
-    for panel in list(axes.flat)[len(groups):]:
-        panel.axis("off")
-    for row in axes:
-        row[0].set_ylabel(label)
+            line(panel, sides[arm]["x"] + (i - (len(names) - 1) / 2) * shift, sides[arm], arm, style)
+        legend(panel)
     if place == "layer":
-        for panel in axes.flat:
-            panel.set_xticks(list(x.values()), [name.removesuffix(".weight") for name in x], rotation=45, ha="right",
-                             rotation_mode="anchor", fontsize=8)
+        panels[-1].set_xticks(list(x.values()), [name.removesuffix(".weight") for name in x], rotation=45, ha="right",
+                              rotation_mode="anchor", fontsize=8)
     else:
-        axes[0][0].set_xticks(list(x.values()), [f"{v:g}" for v in x.values()])
-        for panel in list(axes.flat)[:len(groups)]:
-            panel.set_xlabel("sparsity (% of weights removed)", fontsize=9)
-    axes[0][0].set_ylim(bottom=0)
+        panels[0].set_xticks(list(x.values()), [f"{v:g}" for v in x.values()])
     return figure
 
 
@@ -154,7 +165,7 @@ def unique(table: pd.DataFrame) -> Figure:
 
     table: of :func:`dpkit.report.overlap.layers`, rows of one sparsity; those of the whole mask are used.
     """
-    table = table[table["layer"] == ALL] if len(table) else table
+    table = _whole(table)
     stats = averages(table, ["arm"], "unique_share").set_index("arm")
     if not len(stats):
         return nothing()
@@ -164,8 +175,8 @@ def unique(table: pd.DataFrame) -> Figure:
     places = np.arange(len(names))
     axes.barh(places, 100 * stats["mean"], color=[colour(n) for n in names], height=0.7, edgecolor="#444444", linewidth=0.5)
     for width, tint in ((2.6, "white"), (1.0, "#222222")):  # a light rim, to be seen on dark bars
-        whiskers(axes, 100 * stats["mean"], places, 100 * stats["low"].clip(0), 100 * stats["high"].clip(upper=1), horizontal=True,
-                 colour=tint, width=width)
+        whiskers(axes, 100 * stats["mean"], places, 100 * stats["low"].clip(0), 100 * stats["high"].clip(upper=1),
+                 horizontal=True, colour=tint, width=width)
     for y, name in enumerate(names):
         values = 100 * table[table["arm"] == name].groupby("seed")["unique_share"].mean()
         axes.plot(values, np.full(len(values), y), "o", color="white", markeredgecolor="black", markersize=3.5, zorder=3)
@@ -175,41 +186,6 @@ def unique(table: pd.DataFrame) -> Figure:
     axes.set_xlabel("weights that only this arm keeps (% of its own)")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    return figure
-
-
-def effective(table: pd.DataFrame) -> Figure:
-    """Nominal against effective sparsity: what is kept, and what of it lies on a path from input to output.
-
-    Left: both in percent of all weights on logarithmic axes; on the dashed line they are equal. Right: kept weights on no path,
-    in percent of the kept ones, against sparsity. table: of ``layers``; rows of the whole mask are used.
-    """
-    table = table[table["layer"] == ALL] if len(table) else table
-    stats = averages(table.assign(left=1 - table["effective_sparsity"]), ["arm", "percent"], "left") if len(table) else table
-    if not len(stats):
-        return nothing()
-    dead, kept = (averages(table, ["arm", "percent"], name) for name in ("dead_share", "density"))
-    names = [name for names in families(stats["arm"]).values() for name in names]
-    figure, axes = new(7.6, 3.4 + 0.16 * (-(-len(names) // 2)), columns=2)
-    ends = [100 * stats["mean"].min() / 1.2, 100 * kept["mean"].max() * 1.2]
-    axes[0].plot(ends, ends, color="#777777", lw=0.9, ls="--")
-    for arm, style in look(names).items():
-        left, lost, all_kept = (part[part["arm"] == arm].sort_values("percent") for part in (stats, dead, kept))
-        axes[0].plot(100 * all_kept["mean"], 100 * left["mean"], markersize=4.5, lw=1.1, **style)
-        axes[1].plot(lost["percent"], 100 * lost["mean"], markersize=4.5, lw=1.3, label=title(arm), **style)
-        whiskers(axes[1], lost["percent"], 100 * lost["mean"], 100 * lost["low"].clip(0), 100 * lost["high"].clip(upper=1),
-                 colour=style["color"], width=0.8)
-    axes[0].set(xscale="log", yscale="log", xlabel="kept weights (% of all)", ylabel="kept weights on a path (% of all)")
-    for axis in (axes[0].xaxis, axes[0].yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-    axes[0].tick_params(which="both", labelsize=8)
-    axes[0].invert_xaxis()
-    axes[0].invert_yaxis()
-    axes[1].set(xlabel="sparsity (% of weights removed)", ylabel="kept weights on no path (% of kept)")
-    axes[1].set_ylim(bottom=0)
-    axes[1].set_xticks(sorted({int(p) for p in stats["percent"]}))
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
     return figure
 
 
@@ -223,9 +199,11 @@ def early_bird(table: pd.DataFrame) -> Figure:
     if not len(stats):
         return nothing()
     sources = ordered_sources(stats["source"])
-    figure, axes = new(1.0 + 3.1 * len(sources), 3.5, columns=len(sources), squeeze=False)
+    columns = min(3, len(sources))
+    rows = -(-len(sources) // columns)
+    figure, axes = new(1.0 + 2.6 * columns, 3.1 * rows, columns=columns, rows=rows, squeeze=False)
     scale = Normalize(0, 100 * stats["mean"].max() or 1.0)
-    for panel, source in zip(axes[0], sources, strict=True):
+    for panel, source in zip(axes.flat, sources, strict=False):
         grid = stats[stats["source"] == source].pivot(index="step_a", columns="step_b", values="mean")
         shown = panel.imshow(100 * grid.to_numpy(), cmap="viridis", norm=scale, origin="lower")
         share = 100 * grid.columns.to_numpy() / grid.columns.max()
@@ -233,12 +211,14 @@ def early_bird(table: pd.DataFrame) -> Figure:
         panel.set_xticks(few, [f"{share[i]:.0f}" for i in few])
         panel.set_yticks(few, [f"{share[i]:.0f}" for i in few])
         seeds = table[table["source"] == source]["seed"].nunique()
-        name = "all real data" if source == "real" else title(source)
-        panel.set(title=f"{name}, {grid.columns.max():,} steps (n = {seeds})", xlabel="training done (%)")
-        panel.title.set_fontsize(10)
+        panel.set_title(f"{'all real data' if source == 'real' else title(source)}\n{grid.columns.max():,} steps (n = {seeds})",
+                        fontsize=10)
         panel.grid(False)
-    axes[0][0].set_ylabel("training done (%)")
-    figure.colorbar(shown, ax=axes[0].tolist(), label="weights that differ (%)", shrink=0.8)
+    for panel in list(axes.flat)[len(sources):]:
+        panel.axis("off")
+    figure.supxlabel("training done (%)", fontsize=10)
+    figure.supylabel("training done (%)", fontsize=10)
+    figure.colorbar(shown, ax=axes.ravel().tolist(), label="weights that differ (%)", shrink=0.8)
     return figure
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpkit.distill import METHODS, MTTSpec
 from dpkit.distill import spec_of as distill_spec
+from dpkit.models import prunable
 from dpkit.stages.features import (
     CHUNK,
     EVALUATED,
@@ -39,8 +40,8 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
         numbers = spec["distill"]["ipc"] * data["classes"] * (4 * copies * pixels_of(data) + 8)
         numbers += 4 * data["classes"] * set_images(spec["distill"], data["classes"]) * (stage == "soften")
     elif stage == "masks":
-        arms, tensors = len(spec["arms"]), net.tensors
-        numbers = 8 * (arms**2 * (6 * tensors + 2) + 3 * arms * tensors)
+        arms, layers, tensors = len(spec["arms"]), len(prunable(model_of(spec))), 11
+        numbers = 8 * (arms**2 * (5 * layers + 6) + arms * (3 * layers + 1) + layers)
     elif stage == "early_bird":
         numbers = 8 * len(parents["network"]["snapshots"]) ** 2 if "network" in parents else 0
     elif stage == "robustness":
