@@ -55,6 +55,10 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, line):
     ({"corruptions": ("rain",)}, "corruptions must be chosen from"), ({"severities": (6,)}, "severities must lie in [1, 5]"),
     ({"robust_arms": ("snip",)}, "robust_arms must be chosen from dense, "), ({"robust_images": -1}, "robust_images must be"),
     ({"early_bird_sources": ("nothing",)}, "early_bird_sources must be chosen from real, idc, "),
+    ({"arch": "mlp", "arms": ("imp_norm_only",), "plane_arms": ("dense",), "hessian_arms": ("dense",), "robust_arms": ("dense",)},
+     "arm imp_norm_only keeps norms (scope norm_only), but mlp has none here; use another scope or norm"),
+    ({"arch": "vit", "width": 32, "arms": ("synflow",), "plane_arms": ("dense",), "hessian_arms": ("dense",),
+      "robust_arms": ("dense",)}, "arm synflow needs a network without attention, got vit; use snip or grasp"),
     ({"allocation": "even"}, "allocation must be one of "), ({"spare": ("middle",)}, "spare must "),
 ])
 def test_a_setting_of_arms_that_makes_no_sense_is_refused(settings, line):

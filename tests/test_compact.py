@@ -11,15 +11,20 @@ MODELS = [ModelSpec(arch="convnet3", width=6, image_size=16, classes=4),
           ModelSpec(arch="convnet3", width=6, image_size=16, classes=4, norm="batch"),
           ModelSpec(arch="convnet3", width=6, image_size=16, classes=4, norm="none"),
           ModelSpec(arch="resnet10", width=4, image_size=16, classes=4),
-          ModelSpec(arch="resnet18", width=4, image_size=16, classes=4)]
-IDS = ["instance", "batch", "none", "resnet10", "resnet18"]
+          ModelSpec(arch="resnet18", width=4, image_size=16, classes=4),
+          *(ModelSpec(arch=arch, norm=norm, width=width, image_size=16, classes=4) for arch, norm, width in (
+              ("convnet4", "instance", 4), ("resnet20", "batch", 4), ("alexnet", "none", 4), ("alexnet", "instance", 4),
+              ("vgg16", "batch", 4), ("mlp", "none", 40), ("mlp", "batch", 40)))]
+IDS = ["instance", "batch", "none", "resnet10", "resnet18", "convnet4", "resnet20", "alexnet", "alexnet instance", "vgg16", "mlp",
+       "mlp batch"]
 
 
 def ticket(model, sparsity, seed=0):
     """A random ticket, with biases of zero so that no rounding noise stands where a zero should."""
     generator = torch.Generator().manual_seed(seed)
     params, buffers = models.init(model, generator)
-    params = {n: torch.zeros_like(t) if n.startswith("conv") and n.endswith(".bias") else t for n, t in params.items()}
+    biases = [n for n in params if n.startswith(("conv", "linear")) and n.endswith(".bias")]
+    params.update({n: torch.zeros_like(params[n]) for n in biases})
     full = prune.full(model, params)
     mask = prune.keep_highest(prune.random_scores(full, generator), full, round(prune.size(full) * (1 - sparsity)))
     return prune.apply(params, mask), buffers, mask
@@ -69,8 +74,8 @@ def test_the_remnant_computes_and_learns_the_same(model, sparsity):
             expected = models.forward(model, params, buffers, x, train=train_mode)[0]
             torch.testing.assert_close(models.forward(model, *small[:2], x, train=train_mode)[0], expected)
         trained, moved = train(model, params, buffers, mask, x, y)
-        assert not torch.equal(trained["fc.bias" if model.is_resnet else "classifier.bias"], params[
-            "fc.bias" if model.is_resnet else "classifier.bias"])
+        bias = f"{models.classifier_name(model)}.bias"
+        assert not torch.equal(trained[bias], params[bias])
         rest = train(model, *small, x, y)
         for own, whole in zip(rest, (trained, moved), strict=True):
             expected = compact.compact(model, keep, whole)
@@ -158,3 +163,38 @@ def test_masks_that_do_not_fit_are_refused():
         compact.remnant(model, {**mask, "conv0.weight": torch.ones(1, dtype=torch.bool)}, params, buffers)
     with pytest.raises(ValueError, match=r"'extra\.weight' belongs to no layer of convnet3"):
         compact.compact(model, compact.remnant(model, mask, params, buffers), {"extra.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "mlp"])
+def test_without_a_norm_a_silent_channel_is_its_bias(arch):
+    model = ModelSpec(arch=arch, width=4, image_size=16, classes=4)
+    params, buffers, mask = ticket(model, 0.0)
+    layer = "conv1" if arch == "alexnet" else "linear1"
+    mask = remove(remove(mask, f"{layer}.weight", 1, 0), f"{layer}.weight", 2, 0)
+    params = prune.apply({**params, f"{layer}.bias": torch.eye(len(params[f"{layer}.bias"]))[1]}, mask)
+    keep = compact.remnant(model, mask, params, buffers)
+    assert {g: (~k).nonzero().flatten().tolist() for g, k in keep.items() if not k.all()} == {layer: [2]}
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    small = compact.compact(model, keep, params)
+    expected = models.forward(model, params, buffers, x)[0]
+    torch.testing.assert_close(models.forward(model, small, buffers, x)[0], expected)
+    without = models.forward(model, {**params, f"{layer}.bias": torch.zeros_like(params[f"{layer}.bias"])}, buffers, x)[0]
+    assert not torch.allclose(without, expected)  # the constant does reach the logits
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"norm": "group"}, r"norm must be batch, instance or none, so that removing a channel is exact; got group"),
+    ({"arch": "mlp", "norm": "layer"}, r"norm must be batch, instance or none.*got layer, which mixes the channels of mlp"),
+    ({"arch": "vit"}, r"norm must be batch, instance or none"),
+    ({"arch": "vit", "norm": "none"}, r"channels can be followed through convolutions and MLPs only, got vit"),
+])
+def test_networks_that_mix_channels_are_refused(fields, message):
+    model = ModelSpec(width=4, image_size=16, **fields)
+    params, buffers, mask = ticket(model, 0.5)
+    with pytest.raises(ValueError, match=message) as error:
+        compact.remnant(model, mask, params, buffers)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixing_norm_is_no_different_where_channels_are_only_followed():
+    assert compact.wiring(MODELS[0].replace(norm="layer")) == compact.wiring(MODELS[0])

@@ -275,7 +275,8 @@ def test_elastic_corners_move_as_far_as_published(severity):
     size, (amount, sigma, shift) = 32, CONSTANTS["elastic_transform"][severity - 1]
     columns = torch.linspace(0, 1, size).expand(1000, 1, size, size)
     moved = (size - 1) * (corruptions._elastic_transform(columns, (amount, sigma, shift), 1.0, generator()) - columns)
-    weights = np.exp(-0.5 * (np.arange(-int(3 * sigma * size + 0.5), int(3 * sigma * size + 0.5) + 1) / (sigma * size + 1e-9)) ** 2)
+    reach = int(3 * sigma * size + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / (sigma * size + 1e-9)) ** 2)
     weights /= weights.sum()
     # a corner by up to +- shift of the side, and its noise, smoothed along both axes
     variance = ((shift * size) ** 2 + (amount * size * (weights**2).sum()) ** 2) / 3

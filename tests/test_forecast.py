@@ -9,9 +9,8 @@ from small_study import plan, units
 from test_costs import everything, study
 
 from dpkit.progress import outlook, size, span
-from dpkit.stages import Progress, closure, compute, forecast, missing, run
+from dpkit.stages import Progress, closure, compute, footprint, forecast, missing, run
 from dpkit.stages import features as feats
-from dpkit.stages import footprint
 from dpkit.store import Store, machine
 
 

@@ -9,7 +9,11 @@ from torch.func import grad, vmap
 from dpkit import models, tree
 from dpkit.data._torchvision import load
 from dpkit.models import ModelSpec
+from dpkit.models.spec import RULES
 
+NEW = {"convnet4": {"width": 4, "image_size": 16}, "resnet20": {"width": 4, "image_size": 8},
+       "alexnet": {"width": 4, "image_size": 16}, "vgg16": {"width": 4, "image_size": 32}, "mlp": {"width": 4, "image_size": 6},
+       "vit": {"width": 8, "image_size": 16}}
 SMALL = {
     "convnet": ModelSpec(arch="convnet3", width=6, image_size=16),
     "convnet batch": ModelSpec(arch="convnet3", width=6, image_size=16, norm="batch"),
@@ -18,6 +22,10 @@ SMALL = {
     "resnet18": ModelSpec(arch="resnet18", width=4, image_size=16, channels=1, classes=3),
     "resnet10 instance": ModelSpec(arch="resnet10", width=4, image_size=16, norm="instance"),
     "resnet10 imagenet": ModelSpec(arch="resnet10", width=4, image_size=64, stem="imagenet"),
+    "convnet group": ModelSpec(arch="convnet3", width=8, image_size=16, norm="group"),
+    "resnet10 layer": ModelSpec(arch="resnet10", width=4, image_size=16, norm="layer"),
+    **{f"{arch} {norm}": ModelSpec(arch=arch, norm=norm, channels=2, classes=4, **sizes)
+       for arch, sizes in NEW.items() for norm in RULES[arch].norms},
 }
 
 
@@ -111,7 +119,7 @@ def test_prunable_counts_of_the_paper(fields, count):
 @pytest.mark.parametrize("spec", SMALL.values(), ids=SMALL)
 def test_names(spec):
     params, buffers = models.init(spec, generator())
-    assert models.prunable(spec) == tuple(n for n, t in params.items() if t.dim() > 1)
+    assert models.prunable(spec) == tuple(n for n, t in params.items() if t.dim() > 1 and n != "pos_embed")
     assert models.prunable(spec)[-1] == models.classifier_name(spec) + ".weight"
     assert models.statistics(spec) == tuple(buffers)
     assert bool(buffers) == (spec.norm_kind == "batch")
@@ -226,8 +234,18 @@ def test_features_are_the_input_of_the_classifier(spec):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"arch": "vgg16"}, "arch must be one of convnet3, resnet10, resnet18; got 'vgg16'"),
-    ({"norm": "layer"}, "norm must be one of auto, batch, instance, none"),
+    ({"arch": "vgg11"}, "arch must be one of convnet3, resnet10, resnet18, convnet4, resnet20, alexnet, vgg16, mlp, vit; got "),
+    ({"norm": "weight"}, "norm must be one of auto, batch, instance, group, layer, none; got 'weight'"),
+    ({"arch": "vit", "norm": "batch"}, "norm must be one of auto, layer, none for vit, got 'batch'"),
+    ({"arch": "mlp", "norm": "instance"}, "norm must be one of auto, none, batch, group, layer for mlp, got 'instance'"),
+    ({"arch": "vgg16", "norm": "instance", "image_size": 28}, "image_size must be at least 32 for vgg16 with instance norm, got"),
+    ({"arch": "vgg16", "image_size": 8}, "image_size must be at least 16 for vgg16 (four 2x2 pools), got 8"),
+    ({"arch": "alexnet", "image_size": 4}, "image_size must be at least 8 for alexnet (three 2x2 pools), got 4"),
+    ({"arch": "convnet4", "image_size": 24}, "image_size must be a positive multiple of 16 for convnet4 (four 2x2 pools)"),
+    ({"arch": "vit", "image_size": 28}, "image_size must be a positive multiple of 8 for vit (patches on an 8x8 grid), got 28"),
+    ({"arch": "mlp", "image_size": 0}, "image_size must be at least 1 for mlp, got 0"),
+    ({"arch": "mlp", "stem": "imagenet"}, "stem applies to ResNets only; keep it cifar for mlp, got 'imagenet'"),
+    ({"arch": "resnet20", "image_size": 4}, "image_size must be at least 8 for resnet20 with the cifar stem, got 4"),
     ({"stem": "big", "arch": "resnet10"}, "stem must be one of cifar, imagenet"),
     ({"stem": "imagenet"}, "stem applies to ResNets only"),
     ({"width": 0}, "width must be at least 1 channel, got 0"),

@@ -30,8 +30,9 @@ def cells(path: Path, kind: str = "code") -> list:
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
-def test_there_are_seven_in_reading_order():
-    assert STEMS == ["01-data", "02-distillation", "03-tickets", "06-connectivity", "07-landscape", "08-hessian", "09-verdicts"]
+def test_there_are_nine_in_reading_order():
+    assert STEMS == ["01-data", "02-distillation", "03-tickets", "04-masks", "05-robustness", "06-connectivity", "07-landscape",
+                     "08-hessian", "09-verdicts"]
     assert list(notebooks.sources()) == STEMS
 
 

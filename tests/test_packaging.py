@@ -123,7 +123,10 @@ def test_continuous_integration_runs_make_test():
     assert subprocess.run(["bash", "-n", str(script)], timeout=30).returncode == 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "book" / "distillers").glob("*/*.ipynb")), ids=lambda p: p.parent.name)
+RECORDED_APART = sorted(p for folder in ("arms", "distillers") for p in (ROOT / "book" / folder).glob("*/*.ipynb"))
+
+
+@pytest.mark.parametrize("path", RECORDED_APART, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_chapters_recorded_apart_are_those_of_today(path):
     """A copy of a chapter that was executed for a page of its own has the cells of its source."""
     def cells(file):

@@ -67,20 +67,20 @@ def test_a_mask_is_that_of_one_architecture(arch):
     full = prune.full(small(arch), drawn(small(arch))[0])
     prune.check_model(full, small(arch))
     other = small("resnet10" if arch == "convnet3" else "convnet3")
-    with pytest.raises(ValueError, match=rf"mask must cover the prunable weights of {other.arch}, but it lacks '.*; use a mask"):
+    with pytest.raises(ValueError, match=rf"mask must cover the prunable weights of {other.arch}, but it (lacks|has) '"):
         prune.check_model(full, other)
 
 
 def test_what_is_wrong_with_a_mask_is_said_in_a_line():
     full = prune.full(SMALL, drawn(SMALL)[0])
     without = {n: m for n, m in full.items() if n != "conv1.weight"}
-    with pytest.raises(ValueError, match="of convnet3, but it lacks 'conv1.weight'; use a mask of this architecture"):
+    with pytest.raises(ValueError, match=r"of convnet3, but it lacks 'conv1.weight'; use a mask of this architecture"):
         prune.check_model(without, SMALL)
-    with pytest.raises(ValueError, match="but it lacks 'conv1.weight' and has 'a', 'b', 'c' and 1 more, which convnet3 lacks; use"):
+    with pytest.raises(ValueError, match=r"but it lacks 'conv1.weight' and has 'a', 'b', 'c' and 1 more, which convnet3 lacks"):
         prune.check_model(without | dict.fromkeys("abcd", full["conv1.weight"]), SMALL)
-    with pytest.raises(ValueError, match=r"conv0.weight is \(4, 3, 3, 3\), the weight of convnet3 with width 5 is \(5, 3, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"conv0.weight is \(4, 3, 3, 3\), the weight of convnet3 with width 5 is \(5, 3, 3, 3"):
         prune.check_model(full, SMALL.replace(width=5))
-    with pytest.raises(ValueError, match="mask of conv0.weight must be boolean, got torch.float32; compare with zero first"):
+    with pytest.raises(ValueError, match=r"mask of conv0.weight must be boolean, got torch.float32; compare with zero first"):
         prune.check_model({n: m.float() for n, m in full.items()}, SMALL)
 
 
@@ -107,7 +107,8 @@ def test_a_transplant_of_norms_takes_nothing_else():
         elif name.startswith("norm"):
             assert torch.equal(t, trained[0][name])
         else:
-            assert name.endswith("bias") and torch.equal(t, start[0][name])
+            assert name.endswith("bias")
+            assert torch.equal(t, start[0][name])
     assert list(ticket.params) == list(start[0])
     assert same(ticket.buffers, trained[1])
 
@@ -191,14 +192,14 @@ def test_spared_layers_are_the_first_and_the_classifier():
 def test_impossible_rounds_are_refused():
     ticket, start = ticket_of()
     one = prune.keep_highest(prune.magnitude(start[0], ticket.mask), ticket.mask, 1)
-    with pytest.raises(ValueError, match="a round must leave at least 1 weight, but fraction 0.8 of 1 removes all; take fewer"):
+    with pytest.raises(ValueError, match=r"a round must leave at least 1 weight, but fraction 0.8 of 1 removes all; take fewer"):
         prune.next_ticket(PruneSpec(fraction=0.8), Ticket(*start, one, 9), start, start)
     with pytest.raises(ValueError, match="spare needs the architecture to name layers, got none; pass model="):
         prune.next_ticket(PruneSpec(spare=("first",)), ticket, start, start)
     spec, total = PruneSpec(fraction=0.9, spare=("first", "last")), prune.size(ticket.mask)
     held = 4 * 3 * 9 + 3 * 4 * 4
     with pytest.raises(ValueError, match=rf"count must lie in \[{held + 1}, {total}\], as {held} weights are spared and "
-                                         rf"{total - held} others survive; got {total - round(0.9 * total)}; spare less or prune"):
+                                         rf"{total - held} others survive; got {total - round(0.9 * total)}; spare less"):
         prune.next_ticket(spec, ticket, start, start, model=SMALL)
 
 

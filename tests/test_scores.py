@@ -12,7 +12,7 @@ from dpkit import models, prune, tree
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
 
-TINY = ModelSpec(width=2, image_size=8, classes=3)
+TINY = ModelSpec(width=3, image_size=8, classes=3)
 NETWORKS = [TINY.replace(norm="none"), TINY, TINY.replace(norm="batch")]
 
 
@@ -60,6 +60,7 @@ def test_snip_is_how_much_the_loss_feels_each_connection(model, train):
         up, down = (loss_of(model, changed(masked, name, index, c), buffers, images, labels, train) for c in (1 + 1e-5, 1 - 1e-5))
         assert float(scores[name][index]) == pytest.approx(abs(float(up - down)) / 2e-5, rel=1e-5, abs=1e-9)
     assert all(not scores[n][~m].any() for n, m in mask.items())
+    assert sum(int((scores[n] > 0).sum()) for n in mask) > prune.surviving(mask) / 2
 
 
 def test_snip_of_a_linear_classifier_by_hand():
@@ -107,7 +108,7 @@ def dense_product(model, params, buffers, mask, images, labels, temperature):
 @pytest.mark.parametrize("temperature", [200.0, 1.5])
 def test_grasp_is_the_weight_times_a_dense_hessian_times_the_gradient(model, temperature):
     params, buffers = double(model)
-    mask, (images, labels) = random_mask(model, 0.6), batch(model)
+    mask, (images, labels) = random_mask(model, 0.8), batch(model)
     scores = prune.grasp(model, params, buffers, images, labels, mask, temperature=temperature)
     expected = tree.flatten(params, mask) * dense_product(model, params, buffers, mask, images, labels, temperature)
     found = tree.flatten(scores)
@@ -156,7 +157,8 @@ def test_scores_work_for_every_architecture_and_leave_their_input(arch):
         assert tree.is_finite(scores)
         assert all(scores[n].shape == m.shape and not scores[n].requires_grad for n, m in mask.items())
         assert flat(scores)[flat(mask)].abs().max() > 0
-    assert same(params, before[0]) and same(buffers, before[1])
+    assert same(params, before[0])
+    assert same(buffers, before[1])
     assert not any(t.requires_grad for t in params.values())
 
 
@@ -164,7 +166,7 @@ def test_scores_work_for_every_architecture_and_leave_their_input(arch):
     ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ({"batch_size": 0}, "batch_size must be at least 1 or None for all images, got 0"),
     ({"labels": torch.zeros(2, dtype=torch.long)}, "one label for each, got 6 images and 2 labels"),
-    ({"params": {n: t * math.nan for n, t in double(TINY)[0].items()}}, "GraSP scores must be finite numbers, got NaN or infinity"),
+    ({"params": {n: t * math.nan for n, t in double(TINY)[0].items()}}, "GraSP scores must be finite numbers, got NaN"),
     ({"mask": {"other": torch.ones(1, dtype=torch.bool)}}, "mask names 'other', which the network lacks"),
 ])
 def test_scores_without_meaning_are_refused(change, line):
@@ -207,7 +209,7 @@ def test_every_layer_of_a_chain_carries_the_whole_flow(arch):
 @pytest.mark.parametrize("norm", ["none", "instance", "batch"])
 def test_what_flows_into_a_channel_flows_out_of_it(norm):
     model = small("convnet3", norm=norm)
-    params, buffers = drawn(model)
+    params, _ = drawn(model)
     scores = prune.synflow_scores(model, params, random_mask(model, 0.6))
     for i in range(2):
         into = scores[f"conv{i}.weight"].flatten(1).sum(1)
@@ -293,11 +295,10 @@ def test_flow_without_meaning_is_refused():
         prune.synflow(model, params, buffers, full, 10, 0)
     with pytest.raises(ValueError, match=r"count must lie in \[1, \d+\], the surviving weights; got 0"):
         prune.synflow(model, params, buffers, full, 0)
-    with pytest.raises(ValueError, match="mask must cover the prunable weights of convnet3, but it lacks 'conv1.weight'"):
+    with pytest.raises(ValueError, match=r"mask must cover the prunable weights of convnet3, but it lacks 'conv1.weight'"):
         prune.synflow(model, params, buffers, {n: m for n, m in full.items() if n != "conv1.weight"}, 10)
 
 
-@pytest.mark.skipif("vit" not in models.ARCHITECTURES, reason="no vision transformer here")
 def test_synflow_does_not_pretend_for_attention():
     model = small("vit")
     params, buffers = drawn(model)

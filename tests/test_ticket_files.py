@@ -126,6 +126,8 @@ def test_nothing_is_replaced_unasked_and_nothing_half_is_left(tmp_path, monkeypa
     line(error)
     assert (file.read_bytes(), beside.read_bytes()) == before
     assert sorted(tmp_path.iterdir()) == sorted([file, beside])
+    with pytest.raises(ValueError, match="path must be a file, got the folder"):
+        files.save(tmp_path, ticket(), MODEL, overwrite=True)
     files.save(file, ticket(seed=1), MODEL, overwrite=True)
     assert torch.equal(files.load(file).mask["conv0.weight"], ticket(seed=1).mask["conv0.weight"])
 

@@ -1,6 +1,7 @@
 """Tickets on modules that are not ours: they compute and train as the functions do, and what does not fit is refused whole."""
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -168,6 +169,25 @@ def test_only_the_prune_form_keeps_zeros_in_training(make):
     assert revived(module, found) == 0
 
 
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, lr=0.01), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)],
+                         ids=["adam", "sgd"])
+def test_zeroing_after_every_step_trains_the_same_network(make):
+    found = ticket()
+    held, baked = Plain(), Plain()
+    attach(held, found)
+    attach(baked, found, "bake")
+    first, second = make(held.parameters()), make(baked.parameters())
+    for _ in range(5):
+        steps(held, first, 1)
+        steps(baked, second, 1)
+        with torch.no_grad():
+            for name, keep in found.mask.items():
+                baked.get_parameter(name).masked_fill_(~keep, 0)
+    strip(held)
+    for name, value in held.named_parameters():
+        torch.testing.assert_close(value, baked.get_parameter(name), atol=1e-6, rtol=1e-4)
+
+
 def test_zeros_are_zeros_even_where_a_product_is_not():
     """Removed weights that are NaN or negative: torch multiplies them with zero, which gives NaN and -0.0."""
     found, module = ticket(), Plain()
@@ -180,6 +200,16 @@ def test_zeros_are_zeros_even_where_a_product_is_not():
     strip(module)
     assert revived(module, found) == 0
     assert not torch.signbit(module.conv0.weight[~found.mask["conv0.weight"]]).any()
+
+
+def test_copies_are_made_before_or_after():
+    found, module = ticket(), Plain()
+    attach(module, found)
+    module(X)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(module)  # as the page says
+    strip(module)
+    assert same(state(copy.deepcopy(module)), state(module))
 
 
 def test_strip_leaves_what_is_not_pruned_and_takes_nested_masks():
@@ -249,6 +279,36 @@ def test_a_mask_alone_has_no_weights_to_load():
     line(error)
     with pytest.raises(ValueError, match=r"conv0.weight .* is not in the module"):
         revived(sequential(), mask)
+
+
+@pytest.mark.parametrize("make, name", [(lambda: nn.MultiheadAttention(4, 2), "out_proj.weight"),
+                                        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "0.out_proj.weight"),
+                                        (lambda: nn.TransformerEncoderLayer(4, 2, 8), "linear1.weight")], ids=range(3))
+def test_layers_that_are_never_called_take_no_hooks(make, name):
+    """torch's own pruning takes them and then computes with weights that no longer move."""
+    module = make()
+    before, mask = state(module), {name: torch.rand(module.get_parameter(name).shape) < 0.5}
+    with pytest.raises(ValueError, match=rf"{name} is read by \w+ without calling its layer") as error:
+        attach(module, mask, weights=False, strict=False)
+    line(error)
+    assert same(state(module), before)
+    attach(module, mask, "bake", weights=False, strict=False)
+    assert revived(module, mask) == 0
+
+
+def test_the_projections_into_attention_are_held():
+    module, x = nn.MultiheadAttention(4, 2), torch.randn(5, 1, 4, generator=tree.generator_for(0, "tokens"))
+    mask = {"in_proj_weight": torch.rand(12, 4, generator=tree.generator_for(0, "mask")) < 0.5}
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.5)
+    attach(module, mask, weights=False, strict=False)
+    before = module.in_proj_weight_orig.detach().clone()
+    for _ in range(3):
+        optimiser.zero_grad()
+        module(x, x, x)[0].square().sum().backward()
+        optimiser.step()
+    assert revived(module, mask) == 0
+    strip(module)
+    assert (module.in_proj_weight != before)[mask["in_proj_weight"]].all()  # the others moved
 
 
 def test_shared_weights_may_be_baked():

@@ -10,7 +10,11 @@ from dpkit.models import ModelSpec, forward_work, layer_work
 
 SIZES = (("cifar", 32), ("cifar", 20), ("imagenet", 64), ("imagenet", 50))
 RESNETS = [ModelSpec(arch=arch, width=4, image_size=size, stem=stem) for arch in ("resnet10", "resnet18") for stem, size in SIZES]
-SPECS = [ModelSpec(width=16, image_size=16), ModelSpec(width=7, classes=3, channels=1), *RESNETS]
+OTHERS = [ModelSpec(arch="convnet4", width=3, image_size=16), ModelSpec(arch="resnet20", width=2, image_size=20),
+          ModelSpec(arch="resnet20", width=2, image_size=40, stem="imagenet"), ModelSpec(arch="alexnet", width=3, image_size=28),
+          ModelSpec(arch="vgg16", width=2, image_size=28), ModelSpec(arch="mlp", width=3, image_size=5, channels=1),
+          ModelSpec(arch="vit", width=8, image_size=16), ModelSpec(arch="vit", width=64, image_size=8)]
+SPECS = [ModelSpec(width=16, image_size=16), ModelSpec(width=7, classes=3, channels=1), *RESNETS, *OTHERS]
 
 
 def counted(spec: ModelSpec, images: int) -> int:
@@ -47,3 +51,19 @@ def test_resnet_by_hand():
         adds += (9 * into * out + 9 * out * out + into * out) * after
         moved += 2 * (into * before + out * after) + 2 * out * after
     assert forward_work(ModelSpec(arch="resnet10", width=2, image_size=8)) == models.Work(2.0 * adds, 4.0 * moved)
+
+
+def test_vit_by_hand():
+    # 64 patches of 2 x 2 pixels to 64 dimensions; in each of six blocks 64 x 64 scores for each of two heads; the mean to ten
+    tokens, width = 64, 64
+    layers = [(3 * 256, tokens * width, tokens * 12 * width)]
+    for out, into in ((3, 1), (1, 1), (4, 1), (1, 4)):
+        layers += [(tokens * into * width, tokens * out * width, tokens * into * out * width**2)] * 6
+    scores = 2 * tokens**2
+    layers += [(2 * tokens * width, scores, tokens**2 * width), (scores + tokens * width, tokens * width, tokens**2 * width)] * 6
+    layers += [(width, 10, width * 10)]
+    spec = ModelSpec(arch="vit", width=64, image_size=16)
+    expected = models.Work(2.0 * sum(adds for _, _, adds in layers), 4.0 * sum(read + written for read, written, _ in layers))
+    assert forward_work(spec) == expected
+    assert sum(layer.flops for layer in models.attention_work(spec)) == 6 * 2 * 2 * tokens**2 * width
+    assert list(models.attention_work(ModelSpec())) == []

@@ -5,9 +5,10 @@ Hendrycks and Dietterich 2019, "Benchmarking Neural Network Robustness to Common
 GitHub, ``ImageNet-C/create_c/make_cifar_c.py``). Frost is left out: it pastes photographs that are not part of the test images.
 
 What differs from the published files: the random numbers, the rounding of intermediate values (by one level of 255 here and
-there), and JPEG's last bits, which follow the installed encoder. Two more things are chosen here, for images of another size than the published 32 x 32. Lengths in pixels grow with an
-image, by size / 32, and stay as they are on a smaller one, where half a pixel of blur would be none. And in a grey image,
-which is three equal channels for the two corruptions that have a colour, ``saturate`` and ``spatter``, their luminance is kept.
+there), and JPEG's last bits, which follow the installed encoder. Two more things are chosen here, for images of another kind
+than the published 32 x 32 in colour. Lengths in pixels grow with an image, by size / 32, and stay as they are on a smaller one,
+where half a pixel of blur would be none. And a grey image counts as three equal channels for the two corruptions that have a
+colour, ``saturate`` and ``spatter``; the luminance of the result is kept.
 """
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from dpkit.data import filters
 
 SEVERITIES = (1, 2, 3, 4, 5)
-CHUNK = 500  # images at once; random numbers are drawn chunk by chunk, so another value would give other ones
+CHUNK = 500  # images of at most 32 x 32 at once, and fewer large ones; another value would give other random numbers
 
 #: what each severity sets, by corruption
 CONSTANTS: dict[str, tuple] = {
@@ -86,7 +87,8 @@ def corrupt(images: Tensor, name: str, severity: int, generator: torch.Generator
                          f"{str(images.dtype).removeprefix('torch.')}; corrupt them before they are normalised")
     constants, function = CONSTANTS[name][severity - 1], _FUNCTIONS[name]
     scale = max(1.0, shape[-1] / 32)
-    parts = [_bytes(function(part.cpu().float() / 255, constants, scale, generator)) for part in images.split(CHUNK)]
+    together = max(1, int(CHUNK / scale**2))
+    parts = [_bytes(function(part.cpu().float() / 255, constants, scale, generator)) for part in images.split(together)]
     return torch.cat(parts).to(images.device) if parts else images.clone()
 
 
@@ -172,8 +174,8 @@ def _fog(x: Tensor, c: tuple, scale: float, generator: torch.Generator) -> Tenso
 
 
 def _spatter(x: Tensor, c: tuple, scale: float, generator: torch.Generator) -> Tensor:
-    """On a large image the liquid's deviation grows with its blur, so that as much of it stands out as on a small one. Where it is
-    above 1 it is cut; in the published code such a rare value goes round to near 0."""
+    """On a large image the liquid's deviation grows with its blur, so that as much of it stands out as on a small one. Where it
+    is above 1 it is cut; in the published code such a rare value goes round to near 0."""
     mean, deviation, blur, threshold, last, mud = c
     liquid = mean + deviation * scale * torch.randn((len(x), *x.shape[2:]), generator=generator)
     liquid = filters.gaussian(liquid, blur * scale)

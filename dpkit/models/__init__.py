@@ -16,8 +16,8 @@ from dpkit.models.network import (
 )
 from dpkit.models.reestimation import reestimate, statistics_source
 from dpkit.models.spec import ARCHITECTURES, ModelSpec
-from dpkit.models.work import LayerWork, Work, forward_work, layer_work
+from dpkit.models.work import LayerWork, Work, attention_work, forward_work, layer_work
 
-__all__ = ["ARCHITECTURES", "LayerWork", "ModelSpec", "Work", "check_evaluation", "check_same", "classifier_name",
-           "count_prunable", "features", "forward", "forward_work", "init", "layer_work", "prunable", "reestimate", "spread",
-           "statistics", "statistics_source"]
+__all__ = ["ARCHITECTURES", "LayerWork", "ModelSpec", "Work", "attention_work", "check_evaluation", "check_same",
+           "classifier_name", "count_prunable", "features", "forward", "forward_work", "init", "layer_work", "prunable",
+           "reestimate", "spread", "statistics", "statistics_source"]

@@ -22,6 +22,13 @@ class Weight:
     shape: tuple[int, ...]
     bias: bool
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter by its name."""
+        found = {f"{self.name}.weight": self.shape}
+        if self.bias:
+            found[f"{self.name}.bias"] = self.shape[:1]
+        return found
+
     def init(self, generator: torch.Generator) -> Params:
         """Weight and bias, both uniform on +-1/sqrt(fan_in): the default of ``nn.Conv2d`` and ``nn.Linear``.
 
@@ -29,11 +36,12 @@ class Weight:
         is 1/sqrt(fan_in).
         """
         bound = 1.0 / math.sqrt(math.prod(self.shape[1:]))
-        shapes = {f"{self.name}.weight": self.shape}
-        if self.bias:
-            shapes[f"{self.name}.bias"] = self.shape[:1]
         return {name: torch.empty(shape).uniform_(-bound, bound, generator=generator)
-                for name, shape in shapes.items()}
+                for name, shape in self.shapes().items()}
+
+    def buffers(self) -> Buffers:
+        """Nothing."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +52,12 @@ class Norm:
     channels: int
     tracked: bool
 
-    def init(self) -> Params:
-        """Scale one and shift zero, (channels,) each."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter by its name."""
+        return {f"{self.name}.weight": (self.channels,), f"{self.name}.bias": (self.channels,)}
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Scale one and shift zero, (channels,) each; nothing is drawn."""
         return {f"{self.name}.weight": torch.ones(self.channels),
                 f"{self.name}.bias": torch.zeros(self.channels)}
 
@@ -57,10 +69,54 @@ class Norm:
                 f"{self.name}.running_var": torch.ones(self.channels)}
 
 
-class Normaliser:
-    """Applies the norm called ``name`` to activations (N, C, H, W) and collects the new running statistics.
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A learned tensor ``name`` that is added to activations: no weight that could be pruned, and no norm.
 
-    kind: ``batch``, ``instance`` or ``none``.  train: whether BatchNorm uses the batch's own statistics.
+    deviation: standard deviation of its normal start.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    deviation: float
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each parameter by its name."""
+        return {self.name: self.shape}
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Normal numbers of mean zero."""
+        return {self.name: torch.empty(self.shape).normal_(0.0, self.deviation, generator=generator)}
+
+    def buffers(self) -> Buffers:
+        """Nothing."""
+        return {}
+
+
+Layer = Weight | Norm | Embedding
+"""An entry of an architecture's table: parameters (``shapes``, ``init``) and ``buffers`` that belong together."""
+
+
+def norms(kind: str, name: str, channels: int) -> list[Norm]:
+    """The :class:`Norm` called ``name``, or none where ``kind`` is ``none``."""
+    return [] if kind == "none" else [Norm(name, channels, tracked=kind == "batch")]
+
+
+def groups(channels: int) -> int:
+    """How many groups group norm makes of ``channels``: as many as divide them, at most 32, of at least four channels each.
+
+    Wu & He 2018 (arXiv 1803.08494) take 32 groups; the least size keeps narrow layers from becoming instance norm. Fewer than
+    four channels, and numbers that cannot be divided so, are one group.
+    """
+    return max([1, *[count for count in range(1, 33) if channels % count == 0 and channels // count >= 4]])
+
+
+class Normaliser:
+    """Applies the norm called ``name`` to activations and collects the new running statistics.
+
+    Activations are (N, C, H, W), (N, C), or tokens (N, T, C). kind: ``batch``, ``instance``, ``group`` (so many :func:`groups`),
+    ``layer`` (one group of all channels and positions; of the channels of each token) or ``none``.  train: whether
+    BatchNorm uses the batch's own statistics.
     After the forward pass ``updated`` holds all buffers, the old ones untouched.
     """
 
@@ -75,6 +131,10 @@ class Normaliser:
         if self.kind == "instance":
             # One group a channel is instance norm; this kernel is faster than mean and variance written out.
             return F.group_norm(x, x.shape[1], scale, shift, EPSILON)
+        if self.kind == "layer" and x.dim() == 3:
+            return F.layer_norm(x, x.shape[-1:], scale, shift, EPSILON)
+        if self.kind in ("layer", "group"):
+            return F.group_norm(x, groups(x.shape[1]) if self.kind == "group" else 1, scale, shift, EPSILON)
         mean, variance = self.updated[f"{name}.running_mean"], self.updated[f"{name}.running_var"]
         if self.train:
             # batch_norm overwrites the running statistics that it is given, even under vmap.

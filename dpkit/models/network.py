@@ -8,16 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkit.models import convnet, resnet
+from dpkit.models import convnet, mlp, resnet, vit
 from dpkit.models.checks import check_images
-from dpkit.models.layers import Norm, Normaliser, Weight
+from dpkit.models.layers import Normaliser, Weight
 from dpkit.models.spec import ModelSpec
 from dpkit.tree import Buffers, Params
 
+FAMILIES = {"mlp": mlp, "vit": vit}
+
 
 def family(spec: ModelSpec) -> ModuleType:
-    """The module that holds the architecture's ``table`` and ``features``."""
-    return resnet if spec.is_resnet else convnet
+    """The module of the architecture.
+
+    It holds ``table`` (a list of :data:`dpkit.models.layers.Layer`: weights, norms, embeddings), ``features`` (images to the
+    classifier's input), ``geometry`` (positions that each weight layer reads and writes) and ``CLASSIFIER``, the name of the
+    last linear layer.
+    """
+    return resnet if spec.is_resnet else FAMILIES.get(spec.arch, convnet)
 
 
 def init(spec: ModelSpec, generator: torch.Generator) -> tuple[Params, Buffers]:
@@ -25,16 +32,13 @@ def init(spec: ModelSpec, generator: torch.Generator) -> tuple[Params, Buffers]:
 
     Weights and biases follow PyTorch's default, uniform on +-1/sqrt(fan_in), drawn in forward order from the
     CPU ``generator`` alone; norms start at scale 1 and shift 0, running means at 0 and running variances at
-    1.
+    1. A ViT's positions are normal with deviation 0.02.
     """
     params: Params = {}
     buffers: Buffers = {}
     for layer in family(spec).table(spec):
-        if isinstance(layer, Weight):
-            params.update(layer.init(generator))
-        else:
-            params.update(layer.init())
-            buffers.update(layer.buffers())
+        params.update(layer.init(generator))
+        buffers.update(layer.buffers())
     return params, buffers
 
 
@@ -64,7 +68,10 @@ def features(spec: ModelSpec, params: Params, buffers: Buffers, x: Tensor) -> Te
 
 
 def prunable(spec: ModelSpec) -> tuple[str, ...]:
-    """Names of all convolution and linear weights in forward order, stem, shortcuts, classifier included."""
+    """Names of all convolution and linear weights in forward order, stem, shortcuts, classifier included.
+
+    Biases, norms and a ViT's positions are not among them.
+    """
     return tuple(f"{layer.name}.weight" for layer in family(spec).table(spec) if isinstance(layer, Weight))
 
 
@@ -80,5 +87,4 @@ def classifier_name(spec: ModelSpec) -> str:
 
 def statistics(spec: ModelSpec) -> tuple[str, ...]:
     """Names of the BatchNorm means and variances among the buffers; none for a network without BatchNorm."""
-    norms = (layer for layer in family(spec).table(spec) if isinstance(layer, Norm))
-    return tuple(name for norm in norms for name in norm.buffers())
+    return tuple(name for layer in family(spec).table(spec) for name in layer.buffers())

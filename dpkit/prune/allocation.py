@@ -90,7 +90,8 @@ def keep(scores: Params, mask: Mask, count: int, allocation: str = "global", spa
     free = {name: m for name, m in mask.items() if name not in spare}
     held, left = masks.surviving(mask) - masks.surviving(free), masks.surviving(free)
     if left == 0:
-        raise ValueError(f"spare must leave weights to prune, but all {held} that survive are in {masks.listed(spare)}; spare less")
+        raise ValueError(f"spare must leave weights to prune, but all {held} that survive are in {masks.listed(spare)}; "
+                         "spare less")
     if not 1 <= count - held <= left:
         raise ValueError(f"count must lie in [{held + 1}, {held + left}], as {held} weights are spared and {left} others "
                          f"survive; got {count}; spare less or prune less")

@@ -3,14 +3,18 @@
 Unstructured masks leave the tensors their shapes, so a masked network costs what the dense one does. Two kinds of channels can be
 removed without changing what the network computes or how it trains:
 
-- *Unread*: no surviving weight reads the channel. Its gradient is zero, whatever the norm (instance and batch norm treat
-  each channel by itself), so forward pass and training of the rest are exact.
+- *Unread*: no surviving weight reads the channel. Its gradient is zero, so forward pass and training of the rest are exact where
+  the norm treats each channel by itself (batch, instance, none). Group and layer norm mix channels, and a network with them,
+  a ViT among them, has no exact remnant: it is refused.
 - *Silent*: no surviving weight writes the channel. Before the norm it is then one number everywhere, the convolution's bias or
   zero. Instance norm, and batch norm in train mode, turn that into their shift, and a shift of zero, as at initialisation, has no
   gradient behind ReLU and stays (weight decay leaves zero at zero). Batch norm in eval mode does so where its running mean is
   that number. Any other constant is not a bias for the next layer, whose zero padding makes a pattern of it: such
   channels are kept. One reservation for training: where the number is not zero, the norm returns rounding noise in place of
   zero, and ReLU's gradient at noise may wake the channel in the masked network; the remnant does not follow that.
+
+ReLU and either kind of pool leave zero at zero, so both hold for all networks here, whatever stands between two convolutions. A
+hidden unit of an MLP is a channel of one position.
 
 Both spread: what only removed channels read is unread, what only removed channels write is silent. Results are equal in exact
 arithmetic; floating-point sums run over fewer terms and differ by rounding. Removed weights would have decayed without being
@@ -21,22 +25,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpkit.models import ModelSpec, classifier_name, layer_work
+from dpkit.models import ModelSpec, layer_work, prunable
+from dpkit.models.layers import Norm, Weight
+from dpkit.models.network import family
 from dpkit.models.resnet import blocks
 from dpkit.prune.masks import check
 from dpkit.tree import Buffers, Mask, Params
 
 Channels = dict[str, Tensor]
+MIXING = ("group", "layer")
+"""Norms whose result for a channel depends on other channels."""
 
 
 def wiring(model: ModelSpec) -> dict[str, tuple[str | None, str | None]]:
     """For each prunable weight the group of channels that it reads and the one that it writes; None for images and logits.
 
-    A residual stream is one group from the layer that begins it to the next change of width, as its channels are added.
+    A residual stream is one group from the layer that begins it to the next change of width, as its channels are added. Norms do
+    not matter here. Raises ``ValueError`` for a ViT, whose tokens are one stream that attention mixes.
     """
+    if model.arch == "vit":
+        raise ValueError("channels can be followed through convolutions and MLPs only, got vit, whose attention mixes them; "
+                         "use another architecture")
     if not model.is_resnet:
-        return {"conv0.weight": (None, "conv0"), "conv1.weight": ("conv0", "conv1"), "conv2.weight": ("conv1", "conv2"),
-                "classifier.weight": ("conv2", None)}
+        names = prunable(model)
+        groups = [name.removesuffix(".weight") for name in names[:-1]]
+        return dict(zip(names, zip([None, *groups], [*groups, None], strict=True), strict=True))
     found: dict[str, tuple[str | None, str | None]] = {"conv1.weight": (None, "layer1")}
     stream = "layer1"
     for name, into, out, stride in blocks(model):
@@ -54,8 +67,12 @@ def remnant(model: ModelSpec, mask: Mask, params: Params, buffers: Buffers, sile
     """The channels that must stay, (C,) bool for each group of :func:`wiring`.
 
     params, buffers: of the ticket; they decide whether a silent channel is zero. silent: False removes unread channels only.
-    The mask must cover all prunable weights. Raises ``ValueError`` as :func:`dpkit.prune.masks.check` does.
+    The mask must cover all prunable weights. Raises ``ValueError`` as :func:`dpkit.prune.masks.check` does, and for a network in
+    which a channel cannot be removed exactly (norm ``group`` or ``layer``).
     """
+    if model.norm_kind in MIXING:
+        raise ValueError(f"norm must be batch, instance or none, so that removing a channel is exact; got {model.norm_kind}, "
+                         f"which mixes the channels of {model.arch}; keep its tensors whole")
     check(mask, params)
     wires = wiring(model)
     missing = [name for name in wires if name not in mask]
@@ -93,7 +110,8 @@ def compact(model: ModelSpec, keep: Channels, tensors: Params | Buffers | Mask) 
     """The ``tensors`` (parameters, buffers or a mask) without the channels that are not in ``keep``, as copies.
 
     ``models.forward`` takes the result as it is: the functions read all widths from the tensors. Where a group loses every
-    channel the network is cut through and its first channel is kept, so that shapes stay valid.
+    channel the network is cut through and its first channel is kept, so that shapes stay valid; its running statistics, which
+    reach no output, then are its own.
     """
     wires, result = wiring(model), {}
     keep = {group: k if bool(k.any()) else torch.arange(len(k), device=k.device) == 0 for group, k in keep.items()}
@@ -117,22 +135,27 @@ def _writer(wires: dict, group: str) -> str:
     return next(name for name, (_, into) in wires.items() if into == group)
 
 
+def _owners(model: ModelSpec) -> dict[str, str]:
+    """For each layer with weights, and each norm, the weight layer whose outputs it is about; a norm follows that layer."""
+    found, layer = {}, ""
+    for entry in family(model).table(model):
+        layer = entry.name if isinstance(entry, Weight) else layer
+        found[entry.name] = layer
+    return found
+
+
 def _norm_of(model: ModelSpec, layer: str) -> str:
-    """Name of the norm behind convolution ``layer``."""
-    if layer.endswith("downsample.0"):
-        return layer[:-1] + "1"
-    start, _, last = layer.rpartition(".")
-    return f"{start}.{last.replace('conv', 'bn')}".lstrip(".") if model.is_resnet else layer.replace("conv", "norm")
+    """Name of the norm behind ``layer``."""
+    norms = {entry.name for entry in family(model).table(model) if isinstance(entry, Norm)}
+    return next(name for name, owner in _owners(model).items() if owner == layer and name in norms)
 
 
 def _group_of(model: ModelSpec, wires: dict, name: str) -> str | None:
     """The group whose channels a bias, a norm's parameter or a running statistic speaks of."""
-    owner = name.rpartition(".")[0]
-    for weight, (_, into) in wires.items():
-        layer = weight.removesuffix(".weight")
-        if owner == layer or (layer != classifier_name(model) and owner == _norm_of(model, layer)):
-            return into
-    raise ValueError(f"{name!r} belongs to no layer of {model.arch}; pass parameters, buffers or a mask of this network")
+    owner = _owners(model).get(name.rpartition(".")[0])
+    if owner is None:
+        raise ValueError(f"{name!r} belongs to no layer of {model.arch}; pass parameters, buffers or a mask of this network")
+    return wires[f"{owner}.weight"][1]
 
 
 def _zero_when_silent(model: ModelSpec, wires: dict, group: str, params: Params, buffers: Buffers) -> Tensor:

@@ -22,7 +22,7 @@ def shuffle_mask(mask: Mask, generator: torch.Generator) -> Mask:
 
 
 def shuffled(ticket: Ticket, start_params: Params, generator: torch.Generator) -> Ticket:
-    """The ticket with its mask shuffled within each tensor (Frankle et al. 2021, arXiv 2009.08576, section 5).
+    """The ticket with its mask shuffled within each tensor (Frankle et al. 2021, arXiv 2009.08576).
 
     start_params: the parameters that the ticket's survivors were rewound to; the weights at the new places come from there,
     as the ticket itself holds zeros where it was pruned. Raises ``ValueError`` where they do not fit the mask.
@@ -39,7 +39,7 @@ def reinit(ticket: Ticket, fresh_params: Params) -> Ticket:
 
 
 def signs(ticket: Ticket, fresh_params: Params) -> Ticket:
-    """Freshly drawn magnitudes with the signs at which the ticket starts (Zhou et al. 2019, arXiv 1905.01067, section 4).
+    """Freshly drawn magnitudes with the signs at which the ticket starts (Zhou et al. 2019, arXiv 1905.01067).
 
     fresh_params: of another initialisation; only the magnitudes of its prunable weights are taken. Raises ``ValueError`` where
     they do not fit.

@@ -78,6 +78,8 @@ def save(path: str | Path, ticket: Ticket, model: ModelSpec, about: Mapping[str,
     if what not in CONTENTS:
         raise ValueError(f"what must be one of {', '.join(CONTENTS)}; got {what!r}")
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"path must be a file, got the folder {path}; name a file in it")
     file = path if path.suffix == SUFFIX else path.with_name(path.name + SUFFIX)
     beside = file.with_suffix(".json")
     groups = {"mask": ticket.mask} | ({"params": ticket.params, "buffers": ticket.buffers} if what == "ticket" else {})

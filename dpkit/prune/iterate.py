@@ -72,7 +72,7 @@ class Ticket:
 def norm_names(model: models.ModelSpec) -> tuple[str, ...]:
     """Names of all norm scales and shifts, by the table of the architecture; none for a network without norms."""
     norms = (layer for layer in family(model).table(model) if isinstance(layer, Norm))
-    return tuple(name for norm in norms for name in norm.init())
+    return tuple(name for norm in norms for name in norm.shapes())
 
 
 def rewind(trained: Network, start: Network, mask: Mask, round: int, scope: str = "all", *,

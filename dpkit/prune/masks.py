@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
 
 from dpkit import models
 from dpkit.models.layers import Weight
@@ -103,7 +102,7 @@ def check(mask: Mask, params: Params) -> None:
     """
     unknown = [name for name in mask if name not in params]
     if unknown:
-        missing = [name for name, t in params.items() if t.dim() > 1 and name not in mask]
+        missing = [name for name, t in params.items() if name.endswith(".weight") and t.dim() > 1 and name not in mask]
         raise ValueError(f"mask names {listed(unknown)}, which the network lacks, "
                          f"{f'and leaves out {listed(missing)}' if missing else f'it has {listed(params)}'}; "
                          "use a mask of this architecture")
@@ -144,5 +143,5 @@ def collapsed(mask: Mask) -> Sequence[str]:
 def jaccard(a: Mask, b: Mask) -> float:
     """Overlap of the surviving weights, |a and b| / |a or b|, in [0, 1]."""
     x, y = flatten(a), flatten(b, a)
-    union: Tensor = (x | y).sum()
-    return float((x & y).sum() / union) if int(union) else 1.0
+    union = int((x | y).sum())
+    return int((x & y).sum()) / union if union else 1.0

@@ -20,6 +20,8 @@ from dpkit.prune.masks import listed
 from dpkit.tree import Buffers, Mask, Params
 
 FORMS = ("prune", "bake")
+#: modules that read the weights of layers inside them without calling these, so that a hook there would not run
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 COUNTER = "num_batches_tracked"  # of torch's BatchNorm; the functions of dpkit.models count nothing
 
 Source = TicketFile | Ticket | Mapping[str, Tensor] | str | Path
@@ -37,7 +39,8 @@ def attach(module: nn.Module, source: Source, how: str = "prune", weights: bool 
     as a name leaves that out. strict: the module has no other parameters and buffers than the ticket's, and without ``weights``
     no other convolution or linear weights than the masked ones. Values take the module's device and type; ``NAME_orig`` is the
     module's own parameter, so an optimiser made before stays right. Nothing is changed where an error is raised: ``ValueError``,
-    one line with both sides, where names or shapes differ, a weight is pruned already or shared by two layers.
+    one line with both sides, where names or shapes differ, a weight is pruned already, or ``prune`` would not hold it: one that
+    two layers share, or that a module reads without calling its layer (the output of ``nn.MultiheadAttention``).
     """
     if how not in FORMS:
         raise ValueError(f"how must be one of {', '.join(FORMS)}; got {how!r}")
@@ -53,9 +56,8 @@ def attach(module: nn.Module, source: Source, how: str = "prune", weights: bool 
         raise ValueError(f"the module is pruned already (it has {pruned[0]}); use dpkit.prune.modules.strip on it first")
     kept = _matched("mask", mask, own, names)
     loaded, moved = _matched("parameters", params, own, names), _matched("buffers", buffers, running, names)
-    shared = [n for n in kept if sum(p is own[n] for p in own.values()) > 1]
-    if shared and how == "prune":
-        raise ValueError(f"{shared[0]} is shared by several layers, and how='prune' takes weights of one layer; use how='bake'")
+    if how == "prune":
+        _check_hooks(module, own, kept)
     rest = _unspoken(module, own, running, {**loaded, **moved} if weights else None, kept)
     if strict and (rest := [n for n in rest if n not in left_out]):
         raise ValueError(f"the module has {listed(rest)}, the ticket has not; give names= if it is called otherwise, or "
@@ -170,6 +172,19 @@ def _matched(what: str, tensors: Mapping[str, Tensor], have: Mapping[str, Tensor
     if what == "mask" and not found:
         raise ValueError("the mask must speak of at least one weight, but it is empty, or names leaves all of it out")
     return found
+
+
+def _check_hooks(module: nn.Module, own: Params, kept: Collection[str]) -> None:
+    """Raise ``ValueError`` where a hook before a layer's forward pass would not do: shared weights, layers never called."""
+    for name in kept:
+        if sum(p is own[name] for p in own.values()) > 1:
+            raise ValueError(f"{name} is shared by several layers, and how='prune' takes weights of one layer; use how='bake'")
+        parts = name.split(".")[:-1]
+        for cut in range(len(parts)):
+            reader = module.get_submodule(".".join(parts[:cut]))
+            if isinstance(reader, READERS):
+                raise ValueError(f"{name} is read by {type(reader).__name__} without calling its layer, and how='prune' needs "
+                                 "that call; use how='bake'")
 
 
 def _unspoken(module: nn.Module, own: Params, running: Buffers, loaded: Mapping[str, Tensor] | None,

@@ -20,7 +20,7 @@ from dpkit.tree import Buffers, Mask, Params, is_finite
 
 def snip(model: models.ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor, mask: Mask, *,
          train: bool = True, batch_size: int | None = None) -> Params:
-    """Connection sensitivity ``|w * dL/dw|`` (Lee et al. 2019, arXiv 1810.02340, eq. 5; their normalisation changes no ranking).
+    """Connection sensitivity ``|w * dL/dw|`` (Lee et al. 2019, arXiv 1810.02340; their normalisation changes no ranking).
 
     images: normalised (N, C, H, W), one mini-batch in the paper. labels: (N,) classes or (N, K) probabilities; L is the
     mean cross-entropy over all images. mask: survivors so far; removed weights are zero in the network and score zero.
@@ -63,14 +63,16 @@ def grasp(model: models.ModelSpec, params: Params, buffers: Buffers, images: Ten
 
 
 def synflow_scores(model: models.ModelSpec, params: Params, mask: Mask) -> Params:
-    """Synaptic flow ``|w| * dR/d|w|`` >= 0 in float64 (Tanaka et al. 2020, arXiv 2006.05467, eq. 2 and 3).
+    """Synaptic flow ``|w| * dR/d|w|`` >= 0 in float64 (Tanaka et al. 2020, arXiv 2006.05467).
 
-    R is the sum of the logits of the network of absolute weights on one image of ones. Biases count as zero, which is how the
-    published networks begin and what R in the paper's form, a product of weights, has; norms do nothing, which is what
-    BatchNorm in eval mode with fresh statistics does up to its epsilon. So R is linear in each layer's weights, and along a
-    chain of layers the scores of each layer add up to R: the conservation that keeps layers from collapsing. Raises
-    ``ValueError`` for a vision transformer, whose attention is not linear in its weights, where the mask does not fit, and
-    where it lets nothing through.
+    R is the sum of the logits of the network of absolute weights on one image of ones. Biases count as zero, as in the paper's
+    R, a product of weights (the published networks begin with biases of zero where there are any); norms do nothing, which is
+    what BatchNorm in eval mode with fresh statistics does up to its epsilon; max pools stay. Along a chain of layers the
+    scores of each layer then add up to R: the conservation that keeps layers from collapsing. A residual network can lose a
+    shortcut, as the flow has another way.
+
+    Raises ``ValueError`` for a vision transformer, whose attention is not linear in its weights, where the mask does not
+    fit, and where it lets nothing through.
     """
     if model.arch == "vit":
         raise ValueError("SynFlow needs a network that is linear in each layer's absolute weights, got vit, whose attention is "
@@ -78,7 +80,7 @@ def synflow_scores(model: models.ModelSpec, params: Params, mask: Mask) -> Param
     masks.check_model(mask, model)
     weights = {n: torch.where(m, params[n].detach().double().abs(), 0.0).requires_grad_() for n, m in mask.items()}
     with torch.enable_grad():
-        flow = path_sum(model, weights, params)
+        flow = path_sum(model, weights)
     if not 0 < flow.item() < math.inf:
         raise ValueError(f"SynFlow needs a path of finite weights from input to output, but the flow is {flow.item():g}; "
                          "keep more weights, or begin with another mask")

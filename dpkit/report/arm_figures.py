@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator
 
 from dpkit.report.arms import averages, family, is_control, ordered, split
 from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, threshold, title, whiskers
@@ -72,6 +73,13 @@ def legend(panel) -> None:
     panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.05), fontsize=8, handlelength=3, frameon=False)
 
 
+def heights(panel, values: Iterable[float]) -> None:
+    """An axis for the means: intervals of two seeds may be so wide that nothing else could be read; they are cut at the edge."""
+    low, high = min(values), max(values)
+    reach = 0.12 * max(high - low, 1.0)
+    panel.set_ylim(max(low - reach, -reach), min(high + reach, 100 + reach))
+
+
 def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
     """``column`` in percent against sparsity for any number of arms: up to six in one panel, else a panel a family.
 
@@ -93,9 +101,12 @@ def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | Non
         for i, (arm, style) in enumerate(look(names).items()):
             # side by side, so that intervals can be told apart
             line(panel, sides[arm]["percent"] + (i - (len(names) - 1) / 2) * 0.5, sides[arm], arm, style)
+        legend(panel)
+    for panel in panels:
         if rule is not None:
             threshold(panel, rule)
-        legend(panel)
+    if rule is None:
+        heights(panels[0], 100 * stats["mean"])
     panels[0].set_xticks(sorted({int(p) for p in stats["percent"] if p}))
     if shown:
         figure.legend(shown, [entry.get_gid() for entry in shown], loc="outside upper center", ncols=3, fontsize=9, frameon=False)
@@ -177,13 +188,29 @@ def _rows(axes, places: Mapping[str, float], groups: Mapping[str, list[str]]) ->
             panel.axhline(places[names[0]] - 0.85, color="#BBBBBB", lw=0.8)
 
 
+def _readable(panel) -> None:
+    """Ticks of a logarithmic axis that neither crowd nor run out, however many decades it has."""
+    low, high = panel.dataLim.intervalx
+    decades = np.log10(high / low)
+    panel.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 1.2 else (1, 3) if decades > 0.6 else (1, 2, 3, 5, 7), numticks=5))
+    panel.xaxis.set_minor_formatter(lambda value, _: "")
+
+    def text(value: float, _: Any) -> str:
+        if 1e-2 <= value < 1e4:
+            return f"{value:g}"
+        digit, power = f"{value:.0e}".split("e")
+        return f"$10^{{{int(power)}}}$" if digit == "1" else f"${digit}{{\\cdot}}10^{{{int(power)}}}$"
+
+    panel.xaxis.set_major_formatter(text)
+
+
 def cost(table: pd.DataFrame) -> Figure:
     """What each search cost: images processed, floating-point operations, seconds; logarithmic axes.
 
     Images: a full mark for decoded ones, an open one for as stored. Seconds: a full mark for the search, an open one with making
     the set and the networks that this rests on. Means over initialisations. table: of :func:`dpkit.report.ledger.ledger`.
     """
-    table = table[[not is_control(name) for name in table["arm"]]] if len(table) else table
+    table = table[~table["arm"].map(is_control).astype(bool)]
     if not len(table):
         return nothing("no search is whole yet")
     groups = families(table["arm"])
@@ -200,6 +227,7 @@ def cost(table: pd.DataFrame) -> Figure:
                 panel.plot(other, y, "o", color="white", markeredgecolor=colour(name), markeredgewidth=1.4, markersize=6)
             panel.plot(first, y, "o", color=colour(name), markeredgecolor="#222222", markeredgewidth=0.5, markersize=6)
         panel.set(xscale="log", xlabel=label)
+        _readable(panel)
         panel.grid(axis="y", visible=False)
         panel.tick_params(axis="y", length=0)
         panel.tick_params(axis="x", labelsize=8)

@@ -1,7 +1,7 @@
 """Arms in the report: what their names say, which family they belong to, and what they have in common seed by seed."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pandas as pd
 
@@ -112,3 +112,10 @@ def paired(table: pd.DataFrame, column: str, to: str = "imp") -> pd.DataFrame:
     other = means[means["arm"] == to].drop(columns="arm").rename(columns={"value": "other"})
     both = means[means["arm"] != to].merge(other, on=["percent", "seed"])
     return both.assign(difference=both["value"] - both["other"], failed=None)[wanted]
+
+
+def number_grid(text: Callable[[str], str], name: str, arms: Iterable[str], levels: Iterable[int]) -> pd.DataFrame:
+    """Numbers as text, a row an arm and a column a sparsity in percent. name: with ``{arm}`` and ``{percent}`` in it."""
+    levels = list(levels)
+    rows = {called(arm): [text(name.format(arm=arm, percent=percent)) for percent in levels] for arm in arms}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=[f"{percent}%" for percent in levels]).rename_axis("arm")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dpkit.report.arms import called, is_control
+from dpkit.report.arms import called, is_control, ordered
 from dpkit.report.format import number_text, significant, value_text
 from dpkit.report.frames import costs, frame
 from dpkit.report.numbers import Collector, Number, Rows
@@ -88,7 +88,7 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """``tickets.ARM.search_points@P`` and so on (:data:`MEASURES`), means over initialisations, and the ratios
     ``tickets.ARM_over_distilled`` and ``tickets.imp_over_ARM``; controls share the search of their arm and have none."""
     table = ledger(store, list(chapters.get("searches", ())), list(chapters.get("search_sets", ())))
-    table = table[[not is_control(name) for name in table["arm"]]]
+    table = table[~table["arm"].map(is_control).astype(bool)]
     found: list[Number] = []
     for measure, column in MEASURES.items():
         # a row for each artifact that is counted, so that the number leads back to all of them
@@ -107,20 +107,21 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
 
 
 def ledger_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The ledger as text, a row an arm (controls share the search of their arm and are left out), means over initialisations."""
+    """The ledger as text, a row an arm by family, means over initialisations; controls share the search of their arm and are left
+    out."""
     rows = []
-    for arm, part in table.groupby("arm", sort=False):
-        if is_control(arm):
-            continue
+    for arm in ordered(name for name in table["arm"] if not is_control(name)):
+        part = table[table["arm"] == arm]
         mean = part[[*MEASURES.values(), "set_seconds", "set_network_seconds"]].mean()
-        complete = part["seconds_with_set"].notna().all()
-        making = "not made yet" if not complete else "no set" if not any(part["set_seconds"]) else _seconds(mean["set_seconds"])
-        rows.append((called(arm), len(part), int(part["networks"].iloc[0]), f"{mean['points']:,.0f}",
-                     f"{mean['stored_points']:,.0f}", f"{significant(mean['flops'])} FLOP", _seconds(mean["seconds"]), making,
-                     _seconds(mean["set_network_seconds"]) if complete and mean["set_network_seconds"] else "none",
-                     _seconds(mean["seconds_with_set"]) if complete else "not known yet"))
-    columns = ["search", "n", "networks", "images", "as stored", "operations", "time", "making the set", "its networks",
-               "with the set"]
+        making, whole = "not made yet", "not known yet"
+        if part["seconds_with_set"].notna().all():
+            networks = f", its networks {_seconds(mean['set_network_seconds'])}" if mean["set_network_seconds"] else ""
+            making = _seconds(mean["set_seconds"]) + networks if mean["set_seconds"] or networks else "no set"
+            whole = _seconds(mean["seconds_with_set"])
+        images = [f"{mean[name]:,.0f}" for name in ("points", "stored_points")]
+        rows.append((f"{called(arm)} (n = {len(part)})", int(part["networks"].iloc[0]), *images,
+                     f"{significant(mean['flops'])} FLOP", _seconds(mean["seconds"]), making, whole))
+    columns = ["search", "networks", "images", "as stored", "operations", "time", "making the set", "with the set"]
     return pd.DataFrame(rows, columns=columns).set_index("search")
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 
-from dpkit.report.arm_figures import FEW, families, legend, line, look, stacked
+from dpkit.report.arm_figures import FEW, families, heights, legend, line, look, stacked
 from dpkit.report.arms import averages, ordered
 from dpkit.report.figures import colour, new, nothing, title, whiskers
 from dpkit.report.overlap import ALL, with_arm
@@ -36,7 +36,7 @@ def agreement(table: pd.DataFrame, column: str = "excess", label: str = "overlap
     if len(names) <= WRITTEN:
         for i, j in zip(*np.nonzero(np.isfinite(values)), strict=True):
             dark = abs(values[i, j]) > 0.6 * shown.norm.halfrange
-            axes.text(j, i - 1, f"{values[i, j]:.0f}".replace("-", "−"), ha="center", va="center", fontsize=8,
+            axes.text(j, i - 1, str(round(values[i, j])).replace("-", "−"), ha="center", va="center", fontsize=8,
                       color="white" if dark else "black")
     axes.set_xticks(range(len(names) - 1), [title(n) for n in names[:-1]], rotation=55, ha="right", rotation_mode="anchor",
                     fontsize=8.5)
@@ -152,6 +152,7 @@ def _panels(table: pd.DataFrame, column: str, label: str, xlabel: str, *, x: dic
         for i, (arm, style) in enumerate(look(names).items()):
             line(panel, sides[arm]["x"] + (i - (len(names) - 1) / 2) * shift, sides[arm], arm, style)
         legend(panel)
+    heights(panels[0], [*(100 * stats["mean"]), *rule])
     if place == "layer":
         panels[-1].set_xticks(list(x.values()), [name.removesuffix(".weight") for name in x], rotation=45, ha="right",
                               rotation_mode="anchor", fontsize=8)
@@ -211,7 +212,8 @@ def early_bird(table: pd.DataFrame) -> Figure:
         panel.set_xticks(few, [f"{share[i]:.0f}" for i in few])
         panel.set_yticks(few, [f"{share[i]:.0f}" for i in few])
         seeds = table[table["source"] == source]["seed"].nunique()
-        panel.set_title(f"{'all real data' if source == 'real' else title(source)}\n{grid.columns.max():,} steps (n = {seeds})",
+        steps = grid.columns.max()
+        panel.set_title(f"{'all real data' if source == 'real' else title(source)}\n{steps:,} step{'s' * (steps != 1)} (n = {seeds})",
                         fontsize=10)
         panel.grid(False)
     for panel in list(axes.flat)[len(sources):]:

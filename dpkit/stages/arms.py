@@ -108,5 +108,6 @@ def _base(name: str, sets: Collection[str], steps: Collection[int]) -> Arm | Non
         return None
     if int(word) not in steps:
         stored = ", ".join(map(str, sorted(steps))) or "none"
-        raise ValueError(f"arm {name} must rewind to one of the dense run's snapshots ({stored}), got {word}; add it to snapshots")
+        raise ValueError(f"arm {name} must rewind to one of the dense run's snapshots ({stored}), got {word}; "
+                         "add it to snapshots")
     return dataclasses.replace(ARMS["ltr"], title=f"IMP, rewound to step {word}", step=int(word))

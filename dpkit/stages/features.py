@@ -16,7 +16,7 @@ from dpkit.distill import METHODS, DMSpec, GeneratorSpec, MatchingSpec, MTTSpec
 from dpkit.distill import spec_of as distill_spec
 from dpkit.models import ModelSpec, forward_work
 from dpkit.models.network import family
-from dpkit.models.work import layer_work
+from dpkit.models.work import attention_work, layer_work
 from dpkit.spec import canonical_json
 
 CHUNK = 100  # images of one piece of a Hessian product
@@ -71,25 +71,22 @@ def sizes(model: ModelSpec) -> Sizes:
     """The sizes of a network, from its layers' shapes alone."""
     parameters = buffers = tensors = 0
     for layer in family(model).table(model):
-        shape = getattr(layer, "shape", None)
-        if shape:
-            parameters += math.prod(shape) + (shape[0] if layer.bias else 0)
-            tensors += 1 + layer.bias
-        else:
-            parameters += 2 * layer.channels
-            buffers += 2 * layer.channels * layer.tracked
-            tensors += 2 + 2 * layer.tracked
+        shapes, moving = layer.shapes(), layer.buffers()
+        parameters += sum(math.prod(shape) for shape in shapes.values())
+        buffers += sum(t.numel() for t in moving.values())
+        tensors += len(shapes) + len(moving)
     # vector units take channels sixteen at a time: a network of width 24 computes as long as one of width 32
     whole = model.replace(width=-(-model.width // LANES) * LANES)
-    flops, moved, layers = forward_work(whole, 1).flops, forward_work(model, 1).bytes, list(layer_work(model))
-    # kept for a backward pass: each layer's input, and around it the norm's input and the ReLU's output
+    flops, moved = forward_work(whole, 1).flops, forward_work(model, 1).bytes
+    layers = [*layer_work(model), *attention_work(model)]
+    # kept for a backward pass: each layer's input, and around it the norm's input and the ReLU's output; of attention its scores
     kept = sum(layer.inputs + 2 * layer.outputs for layer in layers)
     return Sizes(flops, moved, parameters, buffers, sum(layer.weights for layer in layers), kept, tensors)
 
 
 def _moved(model: ModelSpec, gbyte: float) -> dict[str, float]:
     """Gigabytes, and how much of them an instance norm works on, which takes longer than BatchNorm does."""
-    return {"gbyte": gbyte, "norm gbyte": gbyte * (model.norm_kind == "instance")}
+    return {"gbyte": gbyte, "norm gbyte": gbyte * (model.norm_kind in ("instance", "group", "layer"))}
 
 
 def _ways(spec: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from dpkit.distill.published import SPACES
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
+from dpkit.models.spec import BLOCKS
 from dpkit.prune import PruneSpec
 from dpkit.robustness import RobustnessSpec
 from dpkit.spec import Spec
@@ -36,7 +37,7 @@ class Study(Spec):
     """Everything that a study is made of. Defaults are a small study of the built-in data set.
 
     Data: dataset (see ``DataSpec``), train_images and test_images to keep (0: all), image_size of image folders. Network:
-    arch, width. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined
+    arch, width, norm. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined
     by ``_``), cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile.
 
     Distillation: sets to make and compare (names of ``SETS``; with ``_soft`` behind it a set has a teacher's labels at
@@ -64,6 +65,7 @@ class Study(Spec):
     image_size: int = 64
     arch: str = "convnet3"
     width: int = 16
+    norm: str = "auto"
     epochs: int = 15
     batch_size: int = 64
     lr: float = 0.1
@@ -162,8 +164,13 @@ class Study(Spec):
     run: int = 0
 
     def check(self) -> None:
+        network = ModelSpec(arch=self.arch, width=self.width, norm=self.norm)
         for name in self.arms:
-            self.arm(name)
+            found = self.arm(name)
+            self.require("norm_only" not in (found.scope, self.scope) or network.norm_kind != "none",
+                         f"arm {name} keeps norms (scope norm_only), but {self.arch} has none here; use another scope or norm")
+            self.require(found.score != "synflow" or self.arch != "vit",
+                         f"arm {name} needs a network without attention, got {self.arch}; use snip or grasp")
         for name, allowed in (("sets", self.known_sets), ("early_bird_sources", ("real", *self.known_sets)),
                               *((f"{part}_arms", ("dense", *self.arms)) for part in ("plane", "hessian", "robust"))):
             unknown = [v for v in getattr(self, name) if v not in allowed]
@@ -194,7 +201,6 @@ class Study(Spec):
         self.require(self.soft_temperature > 0, f"soft_temperature must be > 0, got {self.soft_temperature:g}")
         for name in ("distill_memory", "distill_pool"):
             self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
-        ModelSpec(arch=self.arch, width=self.width)
         self.search, self.others  # noqa: B018
         _checked(lambda: self.robustness, images="robust_images")
         _checked(lambda: PathSpec(points=self.points, precision=self.path_precision), precision="path_precision")
@@ -290,7 +296,7 @@ class Study(Spec):
             arch, _, width = word.partition(":")
             self.require(width.isdigit() and arch not in found, f"evaluation_archs must be ARCH:WIDTH, each once; got {word!r}")
             ModelSpec(arch=arch, width=int(width))
-            found[arch] = dataclasses.replace(self, arch=arch, width=int(width), evaluation_archs=())
+            found[arch] = dataclasses.replace(self, arch=arch, width=int(width), norm="auto", evaluation_archs=())
         return found
 
     @property
@@ -320,8 +326,8 @@ class Study(Spec):
         channels, height, width = identity["shape"]
         if height != width:
             raise ValueError(f"images must be square, got {height} x {width}")
-        return ModelSpec(arch=self.arch, width=self.width, image_size=height, channels=channels,
-                         classes=identity["classes"], stem="imagenet" if height > 64 and self.arch != "convnet3" else "cifar")
+        return ModelSpec(arch=self.arch, width=self.width, norm=self.norm, image_size=height, channels=channels,
+                         classes=identity["classes"], stem="imagenet" if height > 64 and self.arch in BLOCKS else "cifar")
 
 
 def _checked(build: Callable[[], Any], **names: str) -> None:
