@@ -203,13 +203,20 @@ def test_masks_are_compared_over_all_arms(made):
     entry, = found.masks()
     artifact = store.get(entry.unit.key)
     arms, both = artifact.result["arms"], artifact.tensors["both"]
-    assert arms == list(EVERY)
+    assert arms == [arm for arm in EVERY if not found.study.arm(arm).control]
     a, b = mask_of(made, "imp"), mask_of(made, "snip")
     at = arms.index("imp"), arms.index("snip")
     assert both[at].tolist() == [int((a[n] & b[n]).sum()) for n in artifact.result["tensors"]]
     assert float(artifact.tensors["jaccard"][at][-1]) == pytest.approx(prune.jaccard(a, b))
     assert (artifact.tensors["effective"] <= artifact.tensors["kept"]).all()
     assert artifact.tensors["work"].sum() > 0
+
+
+def test_a_mask_is_compared_once():
+    made = plan(**WIDE | {"at_rounds": (1, 2)})
+    first, second = (set(e.unit.parents) for e in made.masks())
+    assert second - first == {"combined"}  # whose first mask is that of distilled pruning
+    assert not {arm for arm in second if made.study.arm(arm).control}
 
 
 def test_masks_along_a_training_end_where_they_are(made):
@@ -249,7 +256,7 @@ def test_an_arm_without_a_result_does_not_take_the_comparison_with_it(made, tmp_
                       tensors={} if failed else {n: t.clone() for n, t in artifact.tensors.items()},
                       result={} if failed else artifact.result, failed=failed)
     assert execute.make(Context(other), [entry.unit]) == {entry.unit.key: None}
-    assert other.get(entry.unit.key).result["arms"] == [arm for arm in EVERY if arm != "imp"]
+    assert other.get(entry.unit.key).result["arms"] == [arm for arm in entry.unit.parents if arm != "imp"]
 
 
 def test_every_suffix_and_control_is_named_in_the_refusal():

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpkit import __version__
-from dpkit.cli import distil, look, make, timing
+from dpkit.cli import distil, look, make, tickets, timing
 from dpkit.cli.shared import open_store, out, plan_of, settings_of
 
 __all__ = ["app", "joined", "main", "open_store", "plan_of", "settings_of"]
@@ -24,6 +24,8 @@ so a command that is stopped continues, and what exists is never computed again.
   dpkit run 03-tickets -p width 24 -p rounds 3              one notebook with other parameters
   dpkit compute --profile cifar10-small --device cuda       the same artifacts without notebooks
   dpkit distill make idc --profile quick                    one small set and its accuracy; also import, export, list
+  dpkit arms                                                the ways to find a mask
+  dpkit ticket export imp --out tickets/imp.safetensors     one ticket for other code; also make, list, show, compare
   dpkit numbers --profile quick                             every number with n and interval
   dpkit lineage tickets.imp.accuracy@67 --profile quick     where a number comes from
 """
@@ -37,6 +39,7 @@ app.add_typer(make.app)
 app.add_typer(look.app)
 app.add_typer(timing.app)
 app.add_typer(distil.app, name="distill", help="One small set at a time: make, import, export, list.")
+app.add_typer(tickets.app, name="ticket", help="One ticket at a time: make, list, export, show, compare.")
 
 
 def _version(value: bool) -> None:

@@ -25,10 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpkit.models import ModelSpec, layer_work, prunable
-from dpkit.models.layers import Norm, Weight
-from dpkit.models.network import family
-from dpkit.models.resnet import blocks
+from dpkit.models import ModelSpec, layer_work
+from dpkit.models.wiring import norm_of, take, wiring
 from dpkit.prune.masks import check
 from dpkit.tree import Buffers, Mask, Params
 
@@ -37,34 +35,8 @@ MIXING = ("group", "layer")
 """Norms whose result for a channel depends on other channels."""
 
 
-def wiring(model: ModelSpec) -> dict[str, tuple[str | None, str | None]]:
-    """For each prunable weight the group of channels that it reads and the one that it writes; None for images and logits.
-
-    A residual stream is one group from the layer that begins it to the next change of width, as its channels are added. Norms do
-    not matter here. Raises ``ValueError`` for a ViT, whose tokens are one stream that attention mixes.
-    """
-    if model.arch == "vit":
-        raise ValueError("channels can be followed through convolutions and MLPs only, got vit, whose attention mixes them; "
-                         "use another architecture")
-    if not model.is_resnet:
-        names = prunable(model)
-        groups = [name.removesuffix(".weight") for name in names[:-1]]
-        return dict(zip(names, zip([None, *groups], [*groups, None], strict=True), strict=True))
-    found: dict[str, tuple[str | None, str | None]] = {"conv1.weight": (None, "layer1")}
-    stream = "layer1"
-    for name, into, out, stride in blocks(model):
-        after = name.partition(".")[0]
-        found[f"{name}.conv1.weight"] = (stream, f"{name}.conv1")
-        found[f"{name}.conv2.weight"] = (f"{name}.conv1", after)
-        if stride != 1 or into != out:
-            found[f"{name}.downsample.0.weight"] = (stream, after)
-        stream = after
-    found["fc.weight"] = (stream, None)
-    return found
-
-
 def remnant(model: ModelSpec, mask: Mask, params: Params, buffers: Buffers, silent: bool = True) -> Channels:
-    """The channels that must stay, (C,) bool for each group of :func:`wiring`.
+    """The channels that must stay, (C,) bool for each group of :func:`dpkit.models.wiring.wiring`.
 
     params, buffers: of the ticket; they decide whether a silent channel is zero. silent: False removes unread channels only.
     The mask must cover all prunable weights. Raises ``ValueError`` as :func:`dpkit.prune.masks.check` does, and for a network in
@@ -113,15 +85,9 @@ def compact(model: ModelSpec, keep: Channels, tensors: Params | Buffers | Mask) 
     channel the network is cut through and its first channel is kept, so that shapes stay valid; its running statistics, which
     reach no output, then are its own.
     """
-    wires, result = wiring(model), {}
+    wiring(model)  # refuses what has no remnant
     keep = {group: k if bool(k.any()) else torch.arange(len(k), device=k.device) == 0 for group, k in keep.items()}
-    for name, tensor in tensors.items():
-        source, into = wires.get(name) or (None, _group_of(model, wires, name))
-        if source is not None:
-            rows = tensor.reshape(len(tensor), len(keep[source]), -1)[:, keep[source]]
-            tensor = rows.reshape(len(tensor), -1, *tensor.shape[2:])
-        result[name] = tensor[keep[into]].clone() if into is not None else tensor.clone()
-    return result
+    return take(model, tensors, {group: k.nonzero().flatten() for group, k in keep.items()})
 
 
 def _restrict(alive: Tensor, source: Tensor | None, into: Tensor | None) -> Tensor:
@@ -133,29 +99,6 @@ def _restrict(alive: Tensor, source: Tensor | None, into: Tensor | None) -> Tens
 
 def _writer(wires: dict, group: str) -> str:
     return next(name for name, (_, into) in wires.items() if into == group)
-
-
-def _owners(model: ModelSpec) -> dict[str, str]:
-    """For each layer with weights, and each norm, the weight layer whose outputs it is about; a norm follows that layer."""
-    found, layer = {}, ""
-    for entry in family(model).table(model):
-        layer = entry.name if isinstance(entry, Weight) else layer
-        found[entry.name] = layer
-    return found
-
-
-def _norm_of(model: ModelSpec, layer: str) -> str:
-    """Name of the norm behind ``layer``."""
-    norms = {entry.name for entry in family(model).table(model) if isinstance(entry, Norm)}
-    return next(name for name, owner in _owners(model).items() if owner == layer and name in norms)
-
-
-def _group_of(model: ModelSpec, wires: dict, name: str) -> str | None:
-    """The group whose channels a bias, a norm's parameter or a running statistic speaks of."""
-    owner = _owners(model).get(name.rpartition(".")[0])
-    if owner is None:
-        raise ValueError(f"{name!r} belongs to no layer of {model.arch}; pass parameters, buffers or a mask of this network")
-    return wires[f"{owner}.weight"][1]
 
 
 def _zero_when_silent(model: ModelSpec, wires: dict, group: str, params: Params, buffers: Buffers) -> Tensor:
@@ -170,7 +113,7 @@ def _zero_when_silent(model: ModelSpec, wires: dict, group: str, params: Params,
         if model.norm_kind == "none":
             zeros.append(constant == 0)
             continue
-        norm = _norm_of(model, layer)
+        norm = norm_of(model, layer)
         same = buffers[f"{norm}.running_mean"] == constant if model.norm_kind == "batch" else True
         zeros.append((params[f"{norm}.bias"] == 0) & same)
     return torch.stack(zeros).all(0)

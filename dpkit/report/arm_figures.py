@@ -14,6 +14,7 @@ from dpkit.report.arms import averages, family, is_control, ordered, split
 from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, threshold, title, whiskers
 from dpkit.report.frames import summary
 
+LEAST = 0.01  # seconds: the least that a logarithmic axis shows
 FEW = 6  # so many arms still fit one panel
 REFERENCES = ("imp", "random")  # in every panel
 LINES = ("-", "--", ":", "-.")
@@ -192,7 +193,8 @@ def _readable(panel) -> None:
     """Ticks of a logarithmic axis that neither crowd nor run out, however many decades it has."""
     low, high = panel.dataLim.intervalx
     decades = np.log10(high / low)
-    panel.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 1.2 else (1, 3) if decades > 0.6 else (1, 2, 3, 5, 7), numticks=5))
+    digits = (1,) if decades > 1.2 else (1, 3) if decades > 0.6 else (1, 2, 3, 5, 7)
+    panel.xaxis.set_major_locator(LogLocator(subs=digits, numticks=5))
     panel.xaxis.set_minor_formatter(lambda value, _: "")
 
     def text(value: float, _: Any) -> str:
@@ -216,6 +218,7 @@ def cost(table: pd.DataFrame) -> Figure:
     groups = families(table["arm"])
     places = _places(groups)
     stats = table.groupby("arm")[["points", "stored_points", "flops", "seconds", "seconds_with_set"]].mean()
+    stats[["seconds", "seconds_with_set"]] = stats[["seconds", "seconds_with_set"]].clip(lower=LEAST)
     figure, axes = new(7.6, 0.25 * (max(places.values()) + 1.7) + 1.2, columns=3, sharey=True, squeeze=False)
     columns = (("points", "stored_points", "images processed"), ("flops", None, "operations (FLOP)"),
                ("seconds", "seconds_with_set", "seconds"))

@@ -201,9 +201,9 @@ def paths(table: pd.DataFrame) -> Figure:
         for arm in dict.fromkeys(part["arm"]):
             lines = part[part["arm"] == arm]
             for _, line in lines.groupby(["seed", "pair"]):
-                panel.plot(line["alphas"], 100 * line["errors"], color=COLOURS.get(arm), lw=0.6, alpha=0.45)
+                panel.plot(line["alphas"], 100 * line["errors"], color=colour(arm), lw=0.6, alpha=0.45)
             mean = lines.groupby("alphas")["errors"].mean()
-            panel.plot(mean.index, 100 * mean, color=COLOURS.get(arm), lw=2, label=title(arm))
+            panel.plot(mean.index, 100 * mean, color=colour(arm), lw=2, label=title(arm))
         panel.set(xlabel="position α on the line", title=f"{percent}% sparse" if percent else "dense")
     axes[0][0].set_ylabel("test error (%)")
     handles = {text: h for panel in axes[0] for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -251,10 +251,9 @@ def curvature(table: pd.DataFrame, columns: Mapping[str, str]) -> Figure:
         good = table[table["failed"].isna() & (table[column] > 0)]
         for i, arm in enumerate(arms):
             values = good[good["arm"] == arm].groupby("seed")[column].mean()
-            colour = COLOURS.get(arm, "#777777")
-            panel.plot(np.full(len(values), i), values, "o", color=colour, alpha=0.4, markersize=5)
+            panel.plot(np.full(len(values), i), values, "o", color=colour(arm), alpha=0.4, markersize=5)
             if len(values):
-                panel.plot([i - 0.25, i + 0.25], [np.exp(np.log(values).mean())] * 2, color=colour, lw=2.5)
+                panel.plot([i - 0.25, i + 0.25], [np.exp(np.log(values).mean())] * 2, color=colour(arm), lw=2.5)
         panel.set(yscale="log", title=label)
         for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
             axis(lambda value, _: f"{value:.3g}")
@@ -276,7 +275,7 @@ def diagonals(values: Mapping[str, np.ndarray]) -> Figure:
     bins[[0, -1]] = -top, top  # rounding must not lose the largest entry
     for arm, v in values.items():
         density, _ = np.histogram(v, bins=bins)
-        axes.stairs(density / len(v), bins, color=COLOURS.get(arm), lw=1.6, label=title(arm))
+        axes.stairs(density / len(v), bins, color=colour(arm), lw=1.6, label=title(arm))
     axes.set_xscale("symlog", linthresh=scale)
     axes.set(xlabel="diagonal entry of the Hessian", ylabel="share of surviving weights")
     axes.legend(fontsize=9)

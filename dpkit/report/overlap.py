@@ -133,9 +133,9 @@ def with_arm(table: pd.DataFrame, arm: str) -> pd.DataFrame:
 def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """Numbers of the chapters ``masks`` and ``early_bird``.
 
-    ``masks.A_with_B.jaccard@P``, with ``_chance``, ``_excess`` and ``_excess_within``, and ``.hamming@P``, for B of ``imp`` and
-    ``distilled``; ``A_with_imp_minus_random_real_with_imp``, paired; ``masks.ARM.effective_sparsity@P``, ``.unique@P`` (share of
-    its kept weights), ``.flops_kept@P``; ``masks.early_bird.SOURCE.last_distance@P`` (:func:`last_distances`).
+    ``masks.A_with_B.jaccard@P``, with ``_excess`` and ``_excess_within``, and ``.hamming@P``, for B of ``imp`` and ``distilled``;
+    ``masks.chance.jaccard@P``, what two random masks of this sparsity share; ``A_with_imp_minus_random_real_with_imp``, paired;
+    ``masks.ARM.effective_sparsity@P``, ``.unique@P`` (share of its kept weights), ``.flops_kept@P``; ``masks.early_bird.SOURCE.last_distance@P`` (:func:`last_distances`).
     """
     rows = list(chapters.get("masks", ()))
     pairs, arms = overlaps(store, rows), layers(store, rows)
@@ -144,9 +144,8 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     sides[1] = sides[1][sides[1]["arm"] != "imp"]  # overlap has no direction
     named = pd.concat(sides, ignore_index=True)
     found = Collector(store, "masks", named.assign(pair=named["arm"] + "_with_" + named["to"]), "pair")
-    measures = {"jaccard": ("jaccard", "fraction"), "jaccard_chance": ("jaccard_chance", "fraction"),
-                "jaccard_excess": ("excess", "mean"), "jaccard_excess_within": ("excess_within", "mean"),
-                "hamming": ("hamming", "fraction")}
+    measures = {"jaccard": ("jaccard", "fraction"), "jaccard_excess": ("excess", "mean"),
+                "jaccard_excess_within": ("excess_within", "mean"), "hamming": ("hamming", "fraction")}
     whole = found.table
     for measure, (column, kind) in measures.items():
         found.table = whole[whole[column].notna()]
@@ -154,6 +153,10 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
             found.add(name, percent, measure, column, kind)
             if measure == "jaccard_excess" and name.endswith("_with_imp") and name != "random_real_with_imp":
                 found.compare((name, percent), ("random_real_with_imp", percent), measure, column)
+    # all arms keep as many weights, so the level is one for all pairs
+    chance = Collector(store, "masks", pairs.drop_duplicates(["percent", "seed"]).assign(pair="chance"), "pair")
+    for name, percent in chance.places():
+        chance.add(name, percent, "jaccard", "jaccard_chance")
     each = Collector(store, "masks", arms)
     for name, percent in each.places():
         for measure, column in (("effective_sparsity", "effective_sparsity"), ("unique", "unique_share"),
@@ -163,4 +166,4 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     early = Collector(store, "masks.early_bird", last_distances(watched), "source")
     for name, percent in early.places():
         early.add(name, percent, "last_distance", "distance")
-    return found.found + each.found + early.found
+    return found.found + chance.found + each.found + early.found

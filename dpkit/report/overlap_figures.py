@@ -207,14 +207,14 @@ def early_bird(table: pd.DataFrame) -> Figure:
     for panel, source in zip(axes.flat, sources, strict=False):
         grid = stats[stats["source"] == source].pivot(index="step_a", columns="step_b", values="mean")
         shown = panel.imshow(100 * grid.to_numpy(), cmap="viridis", norm=scale, origin="lower")
-        share = 100 * grid.columns.to_numpy() / grid.columns.max()
+        share = 100 * grid.columns.to_numpy() / max(1, grid.columns.max())
         few = np.unique(np.linspace(0, len(share) - 1, min(6, len(share))).round().astype(int))
         panel.set_xticks(few, [f"{share[i]:.0f}" for i in few])
         panel.set_yticks(few, [f"{share[i]:.0f}" for i in few])
         seeds = table[table["source"] == source]["seed"].nunique()
-        steps = grid.columns.max()
-        panel.set_title(f"{'all real data' if source == 'real' else title(source)}\n{steps:,} step{'s' * (steps != 1)} (n = {seeds})",
-                        fontsize=10)
+        steps = int(grid.columns.max())
+        name = "all real data" if source == "real" else title(source)
+        panel.set_title(f"{name}\n{steps:,} step{'s' * (steps != 1)} (n = {seeds})", fontsize=10)
         panel.grid(False)
     for panel in list(axes.flat)[len(sources):]:
         panel.axis("off")

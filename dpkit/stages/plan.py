@@ -132,11 +132,18 @@ class Plan(Blocks):
         return rows
 
     def masks(self) -> list[Entry]:
-        """The comparison of all arms' masks, one for each measured round and initialisation."""
+        """The comparison of all arms' masks, one for each measured round and initialisation.
+
+        Controls are left out, as their masks are those of their arm or its layers' densities with chance, which is computed;
+        and so is ``combined`` while its masks are still those of the arm before: nothing would be unique to either.
+        """
         rows = []
         for round in sorted(set(self.study.at_rounds)):
             for init in range(self.study.seeds):
-                tickets = {arm: self.ticket(arm, init, round) for arm in self.study.arms}
+                tickets: dict[str, Unit] = {}
+                for arm in self.study.arms:
+                    if not self.study.arm(arm).control and self.ticket(arm, init, round) not in tickets.values():
+                        tickets[arm] = self.ticket(arm, init, round)
                 unit = self.unit("masks", {"model": self.model, "arms": list(tickets)}, tickets,
                                  f"masks {init}, round {round}")
                 rows.append(Entry({"round": round, "percent": self.percent(round), "seed": init}, unit))
