@@ -214,3 +214,19 @@ def test_early_bird_panels_share_one_scale(store):
     np.testing.assert_allclose(second.images[0].get_array(), [[0, 10, 20], [10, 0, 10], [20, 10, 0]])
     assert first.images[0].get_clim() == second.images[0].get_clim() == (0, pytest.approx(40))
     assert len(overlap_figures.early_bird(overlap.early_bird(store, [])).axes[0].texts) == 1
+
+
+@pytest.mark.parametrize("names", [FEW, MANY], ids=["few", "many"])
+def test_paths_show_every_arm_at_every_sparsity(names):
+    rows = [{"arm": arm, "percent": percent, "seed": seed, "pair": "0-1", "alphas": a, "errors": 0.1 + 0.01 * i + a * (1 - a)}
+            for i, arm in enumerate(names) for percent in (36, 67) for seed in range(2) for a in (0.0, 0.5, 1.0)]
+    rows += [{"arm": "dense", "percent": 0, "seed": 0, "pair": "0-1", "alphas": a, "errors": 0.05} for a in (0.0, 0.5, 1.0)]
+    figure = arm_figures.paths_by_family(pd.DataFrame(rows))
+    picture(figure)
+    tops = {round(float(max(line.get_ydata())), 6) for axes in figure.axes for line in axes.lines}
+    assert {round(100 * (0.35 + 0.01 * i), 6) for i in range(len(names))} <= tops
+    assert round(100 * 0.05, 6) in tops
+    if names is MANY:
+        titles = {axes.get_title(loc="left") for axes in figure.axes} - {""}
+        assert titles == {arms.family(name) for name in names if name != "imp"}
+    assert arm_figures.paths_by_family(pd.DataFrame()).axes

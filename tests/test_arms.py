@@ -59,6 +59,7 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, line):
      "arm imp_norm_only keeps norms (scope norm_only), but mlp has none here; use another scope or norm"),
     ({"arch": "vit", "width": 32, "arms": ("synflow",), "plane_arms": ("dense",), "hessian_arms": ("dense",),
       "robust_arms": ("dense",)}, "arm synflow needs a network without attention, got vit; use snip or grasp"),
+    ({"robust_round": 3}, "robust_round must be 0 (the last) or one of at_rounds (2, 5), got 3"),
     ({"allocation": "even"}, "allocation must be one of "), ({"spare": ("middle",)}, "spare must "),
 ])
 def test_a_setting_of_arms_that_makes_no_sense_is_refused(settings, line):

@@ -100,7 +100,7 @@ def groups(model: ModelSpec) -> dict[str, Group]:
                 found[f"{block}.attn.{part}"] = Group(model.width, vit.heads(model.width), f"{block}.attn")
             found[f"{block}.mlp"] = Group(vit.EXPANSION * model.width, 1, f"{block}.mlp")
         return found
-    sizes, wires = _shapes(model), wiring(model)
+    sizes, wires = tensor_shapes(model), wiring(model)
     for name, (_, into) in wires.items():
         if into is not None and into not in found:
             size = sizes[name][0]
@@ -110,7 +110,7 @@ def groups(model: ModelSpec) -> dict[str, Group]:
 
 def axes(model: ModelSpec) -> dict[str, tuple[Axis | None, ...]]:
     """For each parameter and each buffer what stands along each of its axes; None where that is no group's channels."""
-    links, sizes = _links(model), _shapes(model)
+    links, sizes = _links(model), tensor_shapes(model)
     found: dict[str, tuple[Axis | None, ...]] = {}
     written: Axis | None = None
     for layer in family(model).table(model):
@@ -135,7 +135,7 @@ def take(model: ModelSpec, tensors: Params | Buffers | Mask, channels: Mapping[s
     result is a network that computes the same is for the caller to know.
     Raises ``ValueError`` with one line on a tensor that the network does not have, or of another shape.
     """
-    table, sizes, shapes = axes(model), groups(model), _shapes(model)
+    table, sizes, shapes = axes(model), groups(model), tensor_shapes(model)
     result = {}
     for name, tensor in tensors.items():
         if name not in table:
@@ -179,14 +179,14 @@ def _links(model: ModelSpec) -> dict[str, tuple[Axis | None, Axis | None]]:
             found |= {f"{block}.attn.qkv": (stream, Axis((qk, qk, v))), f"{block}.attn.proj": (Axis((v,)), stream),
                       f"{block}.mlp.fc1": (stream, hidden), f"{block}.mlp.fc2": (hidden, stream)}
         return found
-    shapes, sizes, linked = _shapes(model), groups(model), {}
+    shapes, sizes, linked = tensor_shapes(model), groups(model), {}
     for name, (source, into) in wiring(model).items():
         read = None if source is None else Axis((source,), shapes[name][1] // sizes[source].size)
         linked[name.removesuffix(".weight")] = (read, None if into is None else Axis((into,)))
     return linked
 
 
-def _shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter and buffer."""
     found: dict[str, tuple[int, ...]] = {}
     for layer in family(model).table(model):

@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 from dpkit.report.arms import averages, family, is_control, ordered, split
-from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, threshold, title, whiskers
+from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, paths, threshold, title, whiskers
 from dpkit.report.frames import summary
 
 LEAST = 0.01  # seconds: the least that a logarithmic axis shows
@@ -239,4 +239,47 @@ def cost(table: pd.DataFrame) -> Figure:
     for full, text in (("#777777", "decoded images; the search alone"), ("white", "images as stored; with making the set")):
         axes[0][0].plot([], [], "o", color=full, markeredgecolor="#555555", label=text)
     figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
+    return figure
+
+
+def paths_by_family(table: pd.DataFrame) -> Figure:
+    """Error along the line between children: up to six arms in one row of panels, else a row of panels a family.
+
+    A panel for each sparsity: thin lines are pairs, thick ones their mean. Every row has IMP as a thin line and the dense network
+    dashed. table: columns arm, percent, seed, pair, alphas, errors (a fraction).
+    """
+    if not len(table):
+        return nothing()
+    groups = families(table["arm"])
+    if sum(map(len, groups.values())) <= FEW:
+        return paths(table)
+    groups = {word: [name for name in names if name != "imp"] for word, names in groups.items()}
+    groups = {word: names for word, names in groups.items() if names}
+    levels = sorted({p for p in table["percent"] if p})
+    sizes = [max(1.7, 0.17 * len(names) + 0.4) for names in groups.values()]
+    figure, axes = new(3.2 + 1.9 * len(levels), sum(sizes) + 0.3 * len(sizes) + 0.6, columns=len(levels), rows=len(groups),
+                       sharex=True, sharey=True, squeeze=False, gridspec_kw={"height_ratios": sizes})
+    means = table.groupby(["arm", "percent", "alphas"])["errors"].mean()
+    for row, (word, names) in zip(axes, groups.items(), strict=True):
+        for panel, percent in zip(row, levels, strict=True):
+            for reference, level, dashes in (("dense", 0, "--"), ("imp", percent, "-")):
+                if (reference, level) in means.index:
+                    mean = means[reference, level]
+                    panel.plot(mean.index, 100 * mean, color=colour(reference), lw=0.9, ls=dashes, label=title(reference))
+            for name, style in look(names).items():
+                lines = table[(table["arm"] == name) & (table["percent"] == percent)]
+                for _, pair in lines.groupby(["seed", "pair"]):
+                    panel.plot(pair["alphas"], 100 * pair["errors"], color=style["color"], lw=0.5, alpha=0.35)
+                if len(lines):
+                    mean = means[name, percent]
+                    panel.plot(mean.index, 100 * mean, color=style["color"], ls=style["linestyle"], lw=1.7, label=title(name))
+        row[0].set_title(word, fontsize=10, loc="left")
+        handles = {text: h for panel in row for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
+        row[-1].legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.02, 1.05), fontsize=8, frameon=False,
+                       handlelength=3)
+    for panel, percent in zip(axes[0], levels, strict=True):
+        panel.set_title(f"{percent}% sparse", fontsize=10, loc="right")
+    for panel in axes[-1]:
+        panel.set_xlabel("position α on the line")
+    figure.supylabel("test error (%)", fontsize=10)
     return figure

@@ -135,7 +135,8 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
 
     ``masks.A_with_B.jaccard@P``, with ``_excess`` and ``_excess_within``, and ``.hamming@P``, for B of ``imp`` and ``distilled``;
     ``masks.chance.jaccard@P``, what two random masks of this sparsity share; ``A_with_imp_minus_random_real_with_imp``, paired;
-    ``masks.ARM.effective_sparsity@P``, ``.unique@P`` (share of its kept weights), ``.flops_kept@P``; ``masks.early_bird.SOURCE.last_distance@P`` (:func:`last_distances`).
+    ``masks.ARM.effective_sparsity@P``, ``.unique@P`` (share of its kept weights), ``.flops_kept@P``; and
+    ``masks.early_bird.SOURCE.last_distance@P`` (:func:`last_distances`).
     """
     rows = list(chapters.get("masks", ()))
     pairs, arms = overlaps(store, rows), layers(store, rows)

@@ -48,6 +48,11 @@ class Plan(Blocks):
             for round in sorted(set(self.study.at_rounds)):
                 yield arm, round
 
+    @property
+    def robust_round(self) -> int:
+        """The round whose tickets' robustness is measured."""
+        return self.study.robust_round or max(self.study.at_rounds)
+
     def _place(self, arm: str, round: int, init: int, **more: Any) -> dict[str, Any]:
         return {"arm": arm, "round": round, "percent": self.percent(round), "seed": init, **more}
 
@@ -160,10 +165,10 @@ class Plan(Blocks):
         return rows
 
     def robustness(self) -> list[Entry]:
-        """The first child of each ticket of the last measured round, under corruptions and in few bits."""
+        """The first child of each ticket of one round, under corruptions and in few bits."""
         spec, rows = self.study.robustness.to_dict(), []
         for arm in self.study.robust_arms:
-            round = 0 if arm == "dense" else max(self.study.at_rounds)
+            round = 0 if arm == "dense" else self.robust_round
             for init in range(self.study.seeds):
                 unit = self.unit("robustness", {"data": self.identity, "model": self.model, "robustness": spec,
                                                 "seed": self.seed_at("corruptions")},

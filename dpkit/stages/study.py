@@ -54,7 +54,8 @@ class Study(Spec):
     of the dense run to keep, for ``ltr_STEP``), combined_round (distilled rounds of ``combined``), large_batch, early_epochs (of
     the searches that are named so), score_per_class (real images that SNIP and GraSP see). Measuring: seeds
     (initialisations), children (per ticket), early_bird_sources (``real`` or small sets) and early_bird_points (networks along
-    their training), robust_arms, corruptions, severities, bits and robust_images (as in ``RobustnessSpec``), points on a path,
+    their training), robust_arms, robust_round (0: the last measured one), corruptions, severities, bits and robust_images (as in
+    ``RobustnessSpec``), points on a path,
     statistics (BatchNorm on the way), path_precision (of paths and planes), plane_arms, plane_resolution, plane_images,
     hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
     """
@@ -151,6 +152,7 @@ class Study(Spec):
     severities: tuple[int, ...] = RobustnessSpec().severities
     bits: tuple[int, ...] = RobustnessSpec().bits
     robust_images: int = 0
+    robust_round: int = 0
     points: int = 11
     statistics: str = "reestimate"
     path_precision: str = "fp32"
@@ -186,6 +188,9 @@ class Study(Spec):
         self.require(not wrong, f"at_rounds must lie in [1, {self.rounds}], the rounds; got {wrong}")
         self.require("combined" not in self.arms or self.combined_round <= self.rounds,
                      f"combined_round must lie in [1, {self.rounds}], the rounds; got {self.combined_round}")
+        self.require(self.robust_round in (0, *self.at_rounds),
+                     f"robust_round must be 0 (the last) or one of at_rounds ({', '.join(map(str, self.at_rounds))}), got "
+                     f"{self.robust_round}")
         self.between("rewind_epochs", 0, self.epochs, open_low=True, open_high=True)
         self.one_of("statistics", ("reestimate", "interpolate"))
         # each specification checks its own fields; what it calls them is put in the words of this file

@@ -1,0 +1,75 @@
+"""What a curve between two networks says: its barrier by each definition, and how well its points know it."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def barrier(values: Tensor) -> float:
+    """Highest value on the path minus the mean of both ends (Frankle et al. 2020, section 2: linear
+    interpolation instability).
+
+    values: (T,), T at least 2, in path order. Never negative: it is half the difference of the ends on a
+    monotone path. :func:`barrier_linear` is zero there. Raises ``ValueError`` on fewer points or NaN.
+    """
+    values = checked(values)
+    return float(values.max() - (values[0] + values[-1]) / 2)
+
+
+def barrier_linear(alphas: Tensor, values: Tensor) -> float:
+    """Largest excess of the path over the straight line between its end values: max over alpha of
+    L(alpha) - [(1 - alpha) L(0) + alpha L(1)] (Entezari et al. 2022, arXiv 2110.06296, definition 2.1).
+
+    alphas, values: (T,), alphas from 0 to 1. At least 0. Raises ``ValueError`` as :func:`barrier` does.
+    """
+    return float(excess(alphas, values).max())
+
+
+def is_stable(error_barrier: float, threshold: float = 0.02) -> bool:
+    """Whether an error barrier (fraction) lies below ``threshold``; two points is Frankle et al.'s rule."""
+    return error_barrier < threshold
+
+
+def excess(alphas: Tensor, values: Tensor) -> Tensor:
+    """Height of the path above the straight line between its end values, (T,) float64; 0 at both ends.
+
+    alphas, values: (T,), alphas from 0 to 1. Raises ``ValueError`` as :func:`barrier` does.
+    """
+    values, alphas = checked(values), torch.as_tensor(alphas, dtype=torch.float64)
+    if alphas.shape != values.shape or alphas[0] != 0 or alphas[-1] != 1:
+        raise ValueError(f"alphas must run from 0 to 1 with one entry a value, got {alphas.tolist()} for "
+                         f"{values.numel()} values")
+    return values - ((1 - alphas) * values[0] + alphas * values[-1])
+
+
+def possible_rise(alphas: Tensor, values: Tensor) -> Tensor:
+    """(T - 1,): how far the curve can rise above its highest point between two neighbouring points; 0 where it cannot.
+
+    alphas, values: (T,), alphas ascending. Right for every curve that is concave between the neighbours of its highest points,
+    as a smooth peak is once its points are close: the line through the two points on one side of an interval then stays above
+    the curve in it. So only intervals next to a highest point count. Of a peak between other points nothing is known.
+    """
+    values, alphas = checked(values), torch.as_tensor(alphas, dtype=torch.float64)
+    width = alphas.diff()
+    slope, last = values.diff() / width, len(values) - 1
+    rise = torch.zeros_like(width)
+    for i in (values == values.max()).nonzero().flatten().tolist():
+        if 0 < i < last:
+            rise[i] = torch.maximum(rise[i], slope[i - 1] * width[i])
+            rise[i - 1] = torch.maximum(rise[i - 1], -slope[i] * width[i - 1])
+        elif i == 0 and last > 1:
+            rise[0] = torch.maximum(rise[0], values[1] - slope[1] * width[0] - values[0])
+        elif last > 1:
+            rise[-1] = torch.maximum(rise[-1], values[-2] + slope[-2] * width[-1] - values[-1])
+    return rise
+
+
+def checked(values: Tensor) -> Tensor:
+    """The ``values`` (T,) of a path, float64. Raises ``ValueError`` unless there are at least 2, none of them NaN."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if values.dim() != 1 or values.numel() < 2:
+        raise ValueError(f"a path must have at least 2 values in one row, got shape {tuple(values.shape)}")
+    if values.isnan().any():
+        at = int(values.isnan().nonzero()[0])
+        raise ValueError(f"a path must have numbers only, got NaN at point {at}; check the evaluation images")
+    return values
