@@ -284,7 +284,7 @@ NAN, EXTRA = {"conv1.weight": torch.full((5, 5, 3, 3), torch.nan)}, {"extra.weig
     (lambda a, b: {"b": b | EXTRA}, r"networks a and b must have the same tensors, but 'extra\.weight' is in b and not in a"),
     (lambda a, b: {"a": a | EXTRA, "b": b | EXTRA}, r"network a must have the parameters of convnet3 with width 5, but 'extra"),
     (lambda a, b: {"b": network(SMALL.replace(width=4))[0]}, r"networks a and b must have tensors of the same shapes"),
-    (lambda a, b: {"model": SMALL.replace(width=4)}, r"with width 4, but 'conv0\.weight' is \(5, 3, 3, 3\) in a and \(4, 3, 3, 3\)"),
+    (lambda a, b: {"model": SMALL.replace(width=4)}, r"but 'conv0\.weight' is \(5, 3, 3, 3\) in a and \(4, 3, 3, 3\) in"),
     (lambda a, b: {"model": SMALL.replace(arch="mlp")}, r"parameters of mlp .* but 'linear0\.weight' is nothing in a"),
     (lambda a, b: {"masks": ({}, {"norm0.weight": torch.ones(5, dtype=torch.bool)})}, r"mask of network b must be boolean"),
     (lambda a, b: {"masks": ({"conv0.weight": torch.ones(5, 3, 3, 3)}, {})}, r"mask of network a .* as torch\.float32 \(5, 3"),
@@ -316,7 +316,9 @@ def test_what_is_no_permutation_of_channels_is_refused_in_one_line(model, order,
     assert "\n" not in str(error.value)
 
 
-def test_bad_scores_are_refused():
+def test_bad_scores_and_other_networks_are_refused():
+    with pytest.raises(ValueError, match=r"networks a and b must have the same tensors"):
+        alignment.objective(SMALL, network(SMALL)[0] | EXTRA, network(SMALL)[0])
     with pytest.raises(ValueError, match=r"scores must be a square matrix, got shape \(2, 3\)"):
         alignment.assignment(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"scores must be finite numbers"):

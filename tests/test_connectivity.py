@@ -250,7 +250,7 @@ def test_bad_inputs_are_refused():
 
 @pytest.mark.parametrize("fields, message", [
     ({"points": 2}, "points must be at least 3"),
-    ({"statistics": "mean"}, "statistics must be one of reestimate, interpolate; got 'mean'"),
+    ({"statistics": "mean"}, "statistics must be one of reestimate, interpolate, repair; got 'mean'"),
     ({"statistics_images": 1}, "statistics_images must be at least 2"),
 ])
 def test_bad_specifications_are_refused(fields, message):

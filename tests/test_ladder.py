@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"spec", "tree"}
 LOOP = BASE | {"cores", "data", "models", "training"}
-METHODS = ("distill", "prune", "connectivity", "landscape", "hessian", "robustness")
+METHODS = ("distill", "prune", "connectivity", "alignment", "landscape", "hessian", "robustness")
 #: what each room may import; everything that is not named here stands above and is imported by none of them
 LADDER = {
     "spec": set(), "statistics": set(), "cores": set(), "tree": {"spec"}, "store": BASE, "data": BASE, "models": BASE,

@@ -12,7 +12,7 @@ from dpkit.alignment.assignment import assignment
 from dpkit.alignment.permutations import Permutations, bundles, check, draw, identity, joined, permute
 from dpkit.models import ModelSpec
 from dpkit.models.wiring import Axis, axes, entries, groups, take, tensor_shapes
-from dpkit.tree import Mask, Params, dot
+from dpkit.tree import Mask, Params, dot, norm
 
 Masks = tuple[Mask, Mask]
 ROUNDING = 1e-14
@@ -23,14 +23,16 @@ def objective(model: ModelSpec, a: Params, b: Params, permutations: Permutations
     """Inner product of all parameters of ``a`` with those of the permuted ``b``, in float64: what matching makes large.
 
     As a permutation does not change a norm, the squared distance is ``|a|^2 + |b|^2`` minus twice this (Ainsworth et al.
-    2022, section 3.2). Running statistics do not count. Raises ``ValueError`` as :func:`permute` does.
+    2022, section 3.2). Running statistics do not count. Raises ``ValueError`` with one line on networks of different
+    tensors, and as :func:`dpkit.alignment.permute` does.
     """
+    models.check_same({"a": a, "b": b})
     return dot(a, permute(model, b, permutations or {}))
 
 
 def weight_matching(model: ModelSpec, a: Params, b: Params, masks: Masks | None = None, *, generator: torch.Generator,
                     restarts: int = 1, only: Collection[str] | None = None, sweeps: int = 100) -> Permutations:
-    """Permutations of ``b`` that bring it closest to ``a`` over all parameters: :func:`permute` with them aligns the two.
+    """Permutations of ``b`` that bring it closest to ``a`` over all parameters; :func:`dpkit.alignment.permute` applies them.
 
     Algorithm 1 of Ainsworth et al. 2022: starting from the identity, the groups of channels are visited in random order, each is
     given the best order with the others fixed, until a whole sweep gains nothing or ``sweeps`` are done. The result is a local
@@ -39,9 +41,10 @@ def weight_matching(model: ModelSpec, a: Params, b: Params, masks: Masks | None 
     masks: of ``a`` and of ``b``; what they remove counts as zero, whatever the tensors hold. The two may differ.
     generator: order of the groups, and random starts. The same generator state gives the same permutations; equally good
         orders (channels that are all zero) keep the one there is where they can.
-    restarts: further descents, of which the best one's result is kept. The second starts from one forward pass: groups
-        are settled from the images on, each by the tensors that lead to settled groups only, which finds any permutation
-        of ``a`` itself whose channels differ. Later ones start from random permutations.
+    restarts: descents after the first; the best result of all is kept. 0 is the published algorithm. The first of them starts
+        from one forward pass: groups are settled from the images on, each by those tensors alone whose other channels are
+        settled already, which finds any permutation of ``a`` itself whose channels differ in those tensors. Later ones start
+        from random permutations.
     only: groups that may move; the others keep their order. All by default.
 
     Raises ``ValueError`` with one line when the networks differ in tensors, have NaN weights, are not of ``model``, or when a
@@ -50,11 +53,11 @@ def weight_matching(model: ModelSpec, a: Params, b: Params, masks: Masks | None 
     if restarts < 0 or sweeps < 1:
         raise ValueError(f"restarts must be at least 0 and sweeps at least 1, got {restarts} and {sweeps}")
     problem = _Problem(model, a, b, masks, only)
-    best, highest = identity(model), -float("inf")
+    best, highest = identity(model), problem.value(identity(model))
     for run in range(1 + restarts):
         found = identity(model) if run == 0 else problem.forward() if run == 1 else problem.drawn(generator)
         *_, (found, value) = problem.descend(found, generator, sweeps)
-        if value > highest:
+        if value > highest + ROUNDING * problem.scale:
             best, highest = found, value
     return best
 
@@ -78,6 +81,7 @@ class _Problem:
         self.model, self.groups = model, groups(model)
         of_a, of_b = masks or ({}, {})
         self.a, self.b = _masked("a", model, a, of_a), _masked("b", model, b, of_b)
+        self.scale = norm(self.a) * norm(self.b)
         every = bundles(model)
         for name in only or ():
             if name not in self.groups or not set(next(names for names in every if name in names)) <= set(only):
@@ -87,6 +91,10 @@ class _Problem:
         self.table = {name: places for name, places in axes(model).items() if name in a}
         self.where = {names: [(name, place) for name, places in self.table.items() for place, axis in enumerate(places)
                               if axis is not None and not set(names).isdisjoint(axis.groups)] for names in self.bundles}
+
+    def value(self, found: Permutations) -> float:
+        """The objective."""
+        return dot(self.a, take(self.model, self.b, found))
 
     def drawn(self, generator: torch.Generator) -> Permutations:
         """Random permutations of the groups that may move."""
@@ -103,7 +111,7 @@ class _Problem:
 
     def descend(self, found: Permutations, generator: torch.Generator, sweeps: int) -> Iterator[tuple[Permutations, float]]:
         """(permutations, objective) at the start and after each gain."""
-        value = dot(self.a, take(self.model, self.b, found))
+        value = self.value(found)
         yield found, value
         for _ in range(sweeps):
             gained = False

@@ -21,7 +21,7 @@ def check_networks(model: ModelSpec, trees: Mapping[str, Params]) -> None:
     has = next(iter(trees.values()))
     wrong, missing = [n for n in has if n not in known], [n for n in sorted(known) if n not in has]
     if wrong or missing:
-        parts = [f"{wrong[0]!r} is no tensor of it"] * bool(wrong) + [f"they lack {missing[0]!r}"] * bool(missing)
+        parts = [f"{name!r} is no tensor of it" for name in wrong[:1]] + [f"they lack {name!r}" for name in missing[:1]]
         raise ValueError(f"networks {' and '.join(trees)} must be of {model.arch} with {model.norm_kind} norm, "
                          f"but {' and '.join(parts)}; pass the specification that they were made with")
 

@@ -128,9 +128,8 @@ class Repair:
                     models.features(self.model, params, buffers, x)
             recorded.append(found)
             self.total = sites.seen
-        pooled = {place: reestimation.pool([found[place] for found in recorded]) for place in recorded[0]}
-        moment = {place: Moments(mean, (variance + EPSILON).sqrt()) for place, (mean, variance) in pooled.items()}
-        return (reestimation.replaced(buffers, passes) if tracked else dict(buffers)), moment
+        pooled = {place: _pooled([found[place] for found in recorded]) for place in recorded[0]}
+        return (reestimation.replaced(buffers, passes) if tracked else dict(buffers)), pooled
 
     @torch.no_grad()  # a thread starts with gradients on
     def _one(self, place: Place) -> tuple[float, float]:
@@ -162,6 +161,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     variance, mean = torch.var_mean(exact, [d for d in range(x.dim()) if d != axis], correction=0)
     return mean, variance, x.numel() // x.shape[axis]
+
+
+def _pooled(chunks: list[tuple[Tensor, Tensor, int]]) -> Moments:
+    """Of all chunks together, the variance over n: what a single chunk is corrected by, so that equal ends change nothing."""
+    mean, variance = reestimation.pool(chunks)
+    count = sum(n for _, _, n in chunks)
+    return Moments(mean, (variance * ((count - 1) / count) + EPSILON).sqrt())
 
 
 def changed(x: Tensor, now: Moments, goal: Moments) -> Tensor:

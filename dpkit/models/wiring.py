@@ -5,15 +5,15 @@ linear layer with its bias, norm and running statistics, and the inputs of the l
 is added must be in one order. Pixels, colours, positions and classes belong to no group.
 
 Putting the channels of a group in another order, everywhere alike, leaves a network's function what it was, up to the order in
-which floating-point sums run. Four kinds of group are not free to take any order:
+which floating-point sums run. Not every group may take any order by itself:
 
 - Behind group norm (:func:`dpkit.models.layers.groups`) channels that are normalised together must stay together: whole
   blocks may change places, and channels inside a block.
 - Heads of attention may change places, queries, keys and values of a head together.
 - Inside a head queries and keys share an order (their product is a sum over it), and values and the columns of the output map
   that read them share another.
-- Tokens of a ViT (patches' map, positions, norms, everything that reads or writes the residual stream) have one order for all
-  blocks.
+- The dimensions of a ViT's tokens (patches' map, positions, norms, all that reads or writes the residual stream) have one order
+  in all blocks; which token comes first cannot be changed.
 
 More than permutations leave some of these layers as they were: any invertible map between queries and keys, scales between ReLU
 layers. Those are no permutations and not described here.
@@ -110,7 +110,7 @@ def groups(model: ModelSpec) -> dict[str, Group]:
 
 def axes(model: ModelSpec) -> dict[str, tuple[Axis | None, ...]]:
     """For each parameter and each buffer what stands along each of its axes; None where that is no group's channels."""
-    links, sizes = _links(model), tensor_shapes(model)
+    links = _links(model)
     found: dict[str, tuple[Axis | None, ...]] = {}
     written: Axis | None = None
     for layer in family(model).table(model):
@@ -124,7 +124,6 @@ def axes(model: ModelSpec) -> dict[str, tuple[Axis | None, ...]]:
             found |= dict.fromkeys([*layer.shapes(), *layer.buffers()], (along,))
         else:  # a ViT's positions
             found[layer.name] = (*[None] * (len(layer.shape) - 1), Axis((STREAM,)))
-    assert found.keys() == sizes.keys()
     return found
 
 
