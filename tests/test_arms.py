@@ -214,7 +214,7 @@ def test_masks_are_compared_over_all_arms(made):
 
 
 def test_a_mask_is_compared_once():
-    made = plan(**WIDE | {"at_rounds": (1, 2)})
+    made = plan(**WIDE | {"at_rounds": (1, 2), "arms": tuple(reversed(EVERY))})
     first, second = (set(e.unit.parents) for e in made.masks())
     assert second - first == {"combined"}  # whose first mask is that of distilled pruning
     assert not {arm for arm in second if made.study.arm(arm).control}

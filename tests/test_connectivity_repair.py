@@ -216,6 +216,10 @@ def test_statistics_are_pooled_over_chunks_and_threads_give_the_same_bits():
     spec = PathSpec(points=5, statistics="repair", statistics_images=520)  # three chunks
     one, two = (path(spec, RESNET, a, b, images, labels, statistics_images=training, threads=n) for n in (1, 2))
     assert torch.equal(one.losses, two.losses)
+    # the images go through in chunks of 500, each of them corrected
+    parts = [path(spec, RESNET, a, b, images[part], labels[part], statistics_images=training).losses
+             for part in (slice(500), slice(500, None))]
+    torch.testing.assert_close(one.losses, (500 * parts[0] + 3 * parts[1]) / 503, rtol=1e-6, atol=0)
     few = path(spec.replace(statistics_images=250), RESNET, a, b, images, labels, statistics_images=training)
     torch.testing.assert_close(one.losses, few.losses, rtol=0.05, atol=0)
     assert not torch.equal(one.losses, few.losses)

@@ -69,7 +69,7 @@ def test_ways_from_a_common_start():
     found = distances(one, other, origin=start)
     assert float(found.cosine[-1]) == pytest.approx(-1, abs=1e-6)
     assert float(found.l2[-1]) == pytest.approx(float(distances(one, other).l2[-1]), rel=1e-6)
-    assert -1 <= float(found.cosine.nan_to_num().min())
+    assert float(found.cosine.nan_to_num().min()) >= -1
 
 
 def test_a_network_has_no_distance_from_itself():
@@ -83,9 +83,10 @@ def test_a_network_has_no_distance_from_itself():
 @pytest.mark.parametrize("change, message", [
     ({"names": ["conv9.weight"]}, "names must be tensors of the networks, got 'conv9.weight' which a and b lack"),
     ({"names": []}, "distances need at least 1 tensor, got none"),
-    ({"mask": {"conv0.weight": torch.ones(2, dtype=torch.bool)}}, "mask of conv0.weight is (2,), the weight of a and b is (4, 3, 3, 3)"),
+    ({"mask": {"conv0.weight": torch.ones(2, dtype=torch.bool)}},
+     "mask of conv0.weight is (2,), the weight of a and b is (4, 3, 3, 3); use their mask"),
     ({"mask": {"nothing": torch.ones(2, dtype=torch.bool)}}, "got 'nothing' which a and b lack"),
-    ({"origin": {"conv0.weight": torch.ones(2)}}, "networks a and origin must have the same tensors"),
+    ({"origin": {"conv0.weight": torch.ones(2)}}, "networks a and origin must have tensors of the same shapes"),
 ])
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError) as error:
@@ -96,10 +97,10 @@ def test_what_does_not_fit_is_refused(change, message):
 
 def test_nan_and_other_shapes_are_refused():
     a, b = pair()
-    with pytest.raises(ValueError, match="networks a and b must have tensors of the same shapes, but 'conv0.bias'"):
+    with pytest.raises(ValueError, match="networks a and b must have tensors of the same shapes"):
         distances(a, b | {"conv0.bias": torch.zeros(3)})
     b["conv1.bias"][0] = float("nan")
-    with pytest.raises(ValueError, match="network b must have finite weights, but 'conv1.bias' has NaN"):
+    with pytest.raises(ValueError, match="network b must have finite weights"):
         distances(a, b)
 
 
@@ -133,7 +134,7 @@ def test_churn_holds_what_it_says_for_any_predictions():
         assert found.total == pytest.approx(disagreement(a, b))
         assert found.gains - found.losses == pytest.approx(errors[0] - errors[1])
         assert abs(errors[0] - errors[1]) - 1e-12 <= found.total <= sum(errors) + 1e-12
-        assert 0 <= found.needless + 1e-12
+        assert found.needless >= -1e-12
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([0, 1], [0]), ([[0]], [[1]])])

@@ -48,7 +48,7 @@ def test_an_error_is_reported_tried_again_and_stops_only_what_needs_it(store, he
     wanted = [*units(made, "data"), *units(made, "connectivity")]
     broken = made.ticket("imp", 0, 1)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise ArithmeticError("no such luck")
 
     with monkeypatch.context() as patch:

@@ -147,7 +147,9 @@ class Plan(Blocks):
             for init in range(self.study.seeds):
                 tickets: dict[str, Unit] = {}
                 for arm in self.study.arms:
-                    if not self.study.arm(arm).control and self.ticket(arm, init, round) not in tickets.values():
+                    found = self.study.arm(arm)
+                    borrowed = found.before in self.study.arms and round <= self.study.combined_round
+                    if not found.control and not borrowed:
                         tickets[arm] = self.ticket(arm, init, round)
                 unit = self.unit("masks", {"model": self.model, "arms": list(tickets)}, tickets,
                                  f"masks {init}, round {round}")
