@@ -84,7 +84,7 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"set_augment": "blur"}, "set_augment must be joined by _ from "),
     ("smoke", {"augment": "color_blur"}, "augment must be joined by _ from "),
     ("smoke", {"distill_distance": "l2"}, "distill_distance must be one of squared, l1, cosine; got 'l2'"),
-    ("smoke", {"statistics": "keep"}, "statistics must be one of reestimate, interpolate; got 'keep'"),
+    ("smoke", {"statistics": "keep"}, "statistics must be one of reestimate, interpolate, repair; got 'keep'"),
     ("smoke", {"scope": "biases"}, "scope must be one of all, weights, norm_only; got 'biases'"),
     ("smoke", {"arch": "vgg"}, "arch must be one of convnet3, "),
     ("smoke", {"width": 0}, "width must be at least 1 channel, got 0"),
@@ -169,11 +169,12 @@ def test_keys_do_not_depend_on_where_the_data_lie(tmp_path):
 
 
 MAKING = ("network", "ticket", "distill")
-MEASURING = {"masks", "early_bird", "robustness", "path", "plane", "hessian"}
+MEASURING = {"masks", "early_bird", "robustness", "path", "alignment", "plane", "hessian"}
 
 
 @pytest.mark.parametrize("change, stages", [
-    ({"points": 7}, {"path"}), ({"statistics": "interpolate"}, {"path", "plane"}), ({"probes": 3}, {"hessian"}),
+    ({"points": 7}, {"path", "alignment"}), ({"statistics": "interpolate"}, {"path", "alignment", "plane"}),
+    ({"probes": 3}, {"hessian"}),
     ({"plane_images": 50}, {"plane"}), ({"hessian_images": 60}, {"hessian"}), ({"lanczos_steps": 5}, {"hessian"}),
     ({"fraction": 0.3}, {"ticket", "network", *MEASURING}), ({"sets": ("idc",)}, set()),
     ({"severities": (1,)}, {"robustness"}), ({"early_bird_points": 3}, {"network", "early_bird"}), ({"large_batch": 99}, set()),
@@ -268,8 +269,9 @@ def test_work_on_one_ticket_stays_in_one_share():
     made = plan(seeds=2, children=3)
     for share in ("1/3", "2/3", "3/3"):
         mine = {u.key for u in made.share("connectivity", share)}
-        whole = {(e.place["arm"], e.place["seed"]) for e in made.connectivity() if e.unit.key in mine}
-        assert {e.unit.key for e in made.connectivity() if (e.place["arm"], e.place["seed"]) in whole} == mine
+        entries = made.chapter("connectivity")
+        whole = {(e.place["arm"], e.place["seed"]) for e in entries if e.unit.key in mine}
+        assert {e.unit.key for e in entries if (e.place["arm"], e.place["seed"]) in whole} == mine
         assert len(mine) > 0
 
 

@@ -26,7 +26,11 @@ GROUPS = {"learned": ("idc", "idc_factor1", "dc", "dsa", "dm", "mtt"), "generate
 
 #: what each stage measures: a frame has these columns even where nothing came out
 MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
-            "path": ("error_barrier", "loss_barrier", "stable"), "plane": ("highest_error", "lowest_error"),
+            "path": ("error_barrier", "loss_barrier", "stable"),
+            "alignment": ("aligned_barrier", "aligned_loss_barrier", "moved", "l2", "aligned_l2", "cosine", "sparsity_between",
+                          "disagreement"),
+            "robustness": ("clean_error", "mean_corruption_error"),
+            "plane": ("highest_error", "lowest_error"),
             "hessian": ("trace", "trace_error", "top_eigenvalue", "top_eigenvalue_error", "surviving", "trace_per_weight",
                         "diagonal_negative", "diagonal_error", "products")}
 

@@ -126,7 +126,8 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     for name, make in (("distillation", _distillation), ("transfer", _transfer), ("tickets", _tickets)):
         found += _from_frame(store, chapters.get(name, []), make)
     found += ledger.numbers(store, chapters) + overlap.numbers(store, chapters) + robustness.numbers(store, chapters)
-    for name, make in (("connectivity", _connectivity), ("landscape", _landscape), ("hessian", _hessian)):
+    for name, make in (("connectivity", _connectivity), ("alignment", _alignment), ("landscape", _landscape),
+                       ("hessian", _hessian)):
         found += _from_frame(store, chapters.get(name, []), make)
     return found
 
@@ -183,6 +184,16 @@ def _connectivity(store: Store, table: pd.DataFrame) -> list[Number]:
         chapter.add(name, percent, "stable", "stable")
         if name not in ("dense", "distilled"):
             chapter.compare(("distilled", percent), (name, percent), "barrier", "error_barrier")
+    return chapter.found
+
+
+def _alignment(store: Store, table: pd.DataFrame) -> list[Number]:
+    """Pairs of children with their channels matched, and how far they are apart."""
+    chapter = Collector(store, "connectivity", table)
+    for name, percent in chapter.places():
+        for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "mean"), ("aligned_l2", "mean"),
+                             ("cosine", "mean"), ("disagreement", "fraction")):
+            chapter.add(name, percent, column, column, kind)
     return chapter.found
 
 

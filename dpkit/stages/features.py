@@ -237,6 +237,12 @@ def _path(spec: Mapping[str, Any], parents: Specs) -> Features:
     return _evaluations("path", spec["path"], spec, spec["path"]["points"], spec["data"]["test"])
 
 
+def _alignment(spec: Mapping[str, Any], parents: Specs) -> Features:
+    # the line, both children once more, and the matching
+    found = _evaluations("alignment", spec["path"], spec, spec["path"]["points"] + 2, spec["data"]["test"])
+    return Features(found.kind, {**found.amounts, "mweight": sizes(model_of(spec)).prunable / 1e6})
+
+
 def _plane(spec: Mapping[str, Any], parents: Specs) -> Features:
     asked = spec["plane"]
     images = min(asked["images"] or spec["data"]["test"], spec["data"]["test"])
@@ -254,7 +260,7 @@ def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 _FEATURES = {"network": _network, "distill": _distill, "soften": _soften, "published": _published,
              "ticket": _ticket, "masks": _masks, "early_bird": _early_bird, "robustness": _robustness, "path": _path,
-             "plane": _plane, "hessian": _hessian}
+             "alignment": _alignment, "plane": _plane, "hessian": _hessian}
 
 
 def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:

@@ -47,7 +47,7 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
     elif stage == "robustness":
         numbers = 8 * (len(spec["robustness"]["corruptions"]) * len(spec["robustness"]["severities"])
                        + len(spec["robustness"]["bits"]))
-    elif stage == "path":
+    elif stage in ("path", "alignment"):
         numbers = 24 * spec["path"]["points"]
     elif stage == "plane":
         numbers = 16 * spec["plane"]["resolution"] ** 2
@@ -93,7 +93,7 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         shown = min(asked["images"] or data["test"], data["test"])
         kept = min(CORRUPTED, pixels * shown * len(asked["corruptions"]) * len(asked["severities"]))
         needed = 12 * pixels * shown + kept + evaluated + 2 * weights
-    elif stage in ("path", "plane"):
+    elif stage in ("path", "plane", "alignment"):
         needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
     elif stage == "hessian":
         asked = spec["hessian"]

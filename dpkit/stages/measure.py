@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dpkit import connectivity, hessian, landscape, robustness, tree
+from dpkit import alignment, connectivity, hessian, landscape, robustness, tree
 from dpkit.connectivity import PathSpec
 from dpkit.data import normalise
 from dpkit.hessian import HessianSpec
@@ -13,7 +13,7 @@ from dpkit.landscape import PlaneSpec
 from dpkit.models import ModelSpec
 from dpkit.robustness import RobustnessSpec
 from dpkit.stages.footprint import CORRUPTED
-from dpkit.stages.make import network_of
+from dpkit.stages.make import initial, network_of
 from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
 
@@ -65,6 +65,40 @@ def measure_path(context: Context, unit: Unit, parents: Mapping[str, Artifact]) 
     return Output({"alphas": found.alphas, "errors": found.errors, "losses": found.losses},
                   {"error_barrier": found.error_barrier, "loss_barrier": found.loss_barrier,
                    "stable": connectivity.is_stable(found.error_barrier)})
+
+
+@stage("alignment", 1)
+def measure_alignment(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """How far apart two children are, and what lies between them once the second one's channels are put in the first one's order.
+
+    Tensors: alphas, errors and losses along the line to the matched child. Result: aligned_barrier (error) and
+    aligned_loss_barrier; moved, the share of channels that changed places; l2 and aligned_l2, distances over all parameters;
+    cosine of the ways that training took from their start; sparsity_between, that of a network strictly between the matched
+    two, whose masks differ where channels moved; disagreement, the share of test images that they class differently.
+    """
+    images, labels, few = _images(context, unit)
+    model = ModelSpec(**unit.spec["model"])
+    a, b = (_on(context.device, parents[name]) for name in "ab")
+    ticket = parents.get("ticket")
+    mask = tree.to(ticket.group("mask"), context.device) if ticket else None
+    found = alignment.weight_matching(model, a[0], b[0], (mask, mask) if mask else None,
+                                      generator=tree.generator_for(unit.spec["seed"], "alignment"))
+    matched = tuple(alignment.permute(model, tensors, found) for tensors in b)
+    along = connectivity.path(PathSpec(**unit.spec["path"]), model, a, matched, images, labels, statistics_images=few)
+    start = tree.to(network_of(ticket)[0] if ticket else initial(unit.spec)[0], context.device)
+    said = [connectivity.predict(model, *network, images) for network in (a, b)]
+    between = 0.0
+    if mask:
+        other = alignment.permute(model, mask, found)
+        between = 1 - sum(int((mask[n] | other[n]).sum()) for n in mask) / sum(m.numel() for m in mask.values())
+    moved = sum(int((order != torch.arange(len(order))).sum()) for order in found.values())
+    return Output({"alphas": along.alphas, "errors": along.errors, "losses": along.losses},
+                  {"aligned_barrier": along.error_barrier, "aligned_loss_barrier": along.loss_barrier,
+                   "moved": moved / sum(map(len, found.values())),
+                   "l2": float(connectivity.distances(a[0], b[0]).l2[-1]),
+                   "aligned_l2": float(connectivity.distances(a[0], matched[0]).l2[-1]),
+                   "cosine": float(connectivity.distances(a[0], b[0], origin=start).cosine[-1]),
+                   "sparsity_between": between, "disagreement": connectivity.disagreement(*said)})
 
 
 @stage("plane", 1)

@@ -21,7 +21,8 @@ from dpkit.stages.unit import Unit
 #: the chapters that compute, and the frames that each one makes
 PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distillation", "transfer"), "tickets": ("tickets",),
                                      "masks": ("masks", "early_bird"), "robustness": ("robustness",),
-                                     "connectivity": ("connectivity",), "landscape": ("landscape",), "hessian": ("hessian",)}
+                                     "connectivity": ("connectivity", "alignment"), "landscape": ("landscape",),
+                                     "hessian": ("hessian",)}
 CHAPTERS = tuple(PARTS)
 #: what tickets rest on has frames too: the networks of their searches, and the small sets of these
 FRAMES = (*(name for names in PARTS.values() for name in names), "searches", "search_sets")
@@ -93,16 +94,30 @@ class Plan(Blocks):
 
     def connectivity(self) -> list[Entry]:
         """The path between each pair of children of one ticket."""
-        spec = PathSpec(points=self.study.points, statistics=self.study.statistics, precision=self.study.path_precision).to_dict()
+        return [Entry(place, self.unit("path", self._path(), ends, f"path {label}")) for place, ends, label in self._pairs()]
+
+    def alignment(self) -> list[Entry]:
+        """The same pairs with the channels of the second child in the order that matches the first, and their distances."""
         rows = []
+        for place, ends, label in self._pairs():
+            arm, round, init = place["arm"], place["round"], place["seed"]
+            spec = self._path() | {"seed": self.seed_at("alignment", init), "init_seed": self.seed_at("init", init)}
+            parents = ends if arm == "dense" else ends | {"ticket": self.ticket(arm, init, round)}
+            rows.append(Entry(place, self.unit("alignment", spec, parents, f"alignment {label}")))
+        return rows
+
+    def _path(self) -> dict[str, Any]:
+        spec = PathSpec(points=self.study.points, statistics=self.study.statistics, precision=self.study.path_precision)
+        return {"data": self.identity, "model": self.model, "path": spec.to_dict()}
+
+    def _pairs(self) -> Iterable[tuple[dict[str, Any], dict[str, Unit], str]]:
+        """(place, both children, label) of each pair of children of one ticket."""
         for arm, round in self.places():
             for init in range(self.study.seeds):
                 for a, b in combinations(range(self.study.children), 2):
                     ends = {"a": self.child(arm, init, round, a), "b": self.child(arm, init, round, b)}
-                    unit = self.unit("path", {"data": self.identity, "model": self.model, "path": spec}, ends,
-                                      f"path {arm} {init}, round {round}, children {a}-{b}")
-                    rows.append(Entry(self._place(arm, round, init, pair=f"{a}-{b}"), unit))
-        return rows
+                    yield (self._place(arm, round, init, pair=f"{a}-{b}"), ends,
+                           f"{arm} {init}, round {round}, children {a}-{b}")
 
     def landscape(self) -> list[Entry]:
         """The plane through three children of the first initialisation, at the last measured round."""

@@ -25,6 +25,7 @@ CPU: dict[str, dict[str, float]] = {
     "network/fp32": {"unit": 0.0055, "step": 0.00098, "gflop": 0.006, "gbyte": 0.16, "norm gbyte": 0.13,
                      "augmented step": 0.0004, "augmented mpixel": 0.0019, "test gflop": 0.012},
     "path/fp32": {"unit": 0.0052, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14},
+    "alignment/fp32": {"unit": 0.02, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14, "mweight": 2.0},
     "plane/fp32": {"unit": 0.0067, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17},
     "ticket": {"unit": 0.0016, "mweight": 0.091, "gflop": 0.018},
     "masks": {"unit": 0.01, "mweight": 0.3},
@@ -45,6 +46,7 @@ CUDA: dict[str, dict[str, float]] = {
     "masks": {"unit": 0.02, "mweight": 0.2},
     "robustness": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4, "augmented mpixel": 0.02},
     "path": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
+    "alignment": {"unit": 0.05, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4, "mweight": 2.0},
     "plane": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
     "hessian": {"unit": 0.1, "step": 0.02, "gflop": 1e-4, "gbyte": 2e-3},
 }

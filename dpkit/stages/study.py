@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpkit.connectivity import PathSpec
+from dpkit.connectivity import STATISTICS, PathSpec
 from dpkit.data import AugmentSpec, DataSpec
 from dpkit.distill import METHODS, DMSpec, GeneratorSpec, IDCSpec, MethodSpec, MTTSpec
 from dpkit.distill.published import SPACES
@@ -192,7 +192,7 @@ class Study(Spec):
                      f"robust_round must be 0 (the last) or one of at_rounds ({', '.join(map(str, self.at_rounds))}), got "
                      f"{self.robust_round}")
         self.between("rewind_epochs", 0, self.epochs, open_low=True, open_high=True)
-        self.one_of("statistics", ("reestimate", "interpolate"))
+        self.one_of("statistics", STATISTICS)
         # each specification checks its own fields; what it calls them is put in the words of this file
         self.data, self.prune  # noqa: B018
         _checked(lambda: self.train, operations="augment")
