@@ -11,7 +11,7 @@ from dpkit.stages.arms import arm_of
 
 SETS = ("idc", "dm", "herding", "idc_soft")
 EVERY = (*ARMS, "dm", "herding", "imp_weights", "distilled_norm_only", "imp_shuffled", "distilled_reinit", "ltr_signs",
-         "distilled_weights_shuffled")
+         "distilled_weights_shuffled", "combined_shuffled", "combined_weights")
 WIDE = {"arms": EVERY, "combined_round": 1, "large_batch": 64, "early_epochs": 1, "score_per_class": 2, "snapshots": (3,),
         "robust_arms": ("dense", "snip")}
 
@@ -34,9 +34,10 @@ def test_a_name_says_how_an_arm_searches(name, told):
 
 
 @pytest.mark.parametrize("name, line", [
-    ("rigl", "arms must be chosen from imp, ltr, "), ("imp_", "arms must be chosen from"), ("mtt", "arms must be chosen from"),
-    ("imp_shuffled_reinit", "arms must be chosen from"), ("imp_reinit_weights", "arms must be chosen from"),
-    ("imp_weights_norm_only", "arms must be chosen from"), ("ltr_x", "arms must be chosen from"),
+    ("rigl", "unknown arm 'rigl'; there are imp, ltr, "), ("imp_", "unknown arm 'imp_'; did you mean imp?"),
+    ("mtt", "unknown arm 'mtt'; "),
+    ("imp_shuffled_reinit", "unknown arm"), ("imp_reinit_weights", "unknown arm"),
+    ("imp_weights_norm_only", "unknown arm"), ("ltr_x", "unknown arm"), ("ltr_030", "unknown arm"),
     ("ltr_31", "arm ltr_31 must rewind to one of the dense run's snapshots (30), got 31; add it to snapshots"),
     ("random_weights", "arm random_weights must have a search that trains"), ("snip_norm_only", "arm snip_norm_only must have"),
 ])
@@ -59,6 +60,10 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, line):
      "arm imp_norm_only keeps norms (scope norm_only), but mlp has none here; use another scope or norm"),
     ({"arch": "vit", "width": 32, "arms": ("synflow",), "plane_arms": ("dense",), "hessian_arms": ("dense",),
       "robust_arms": ("dense",)}, "arm synflow needs a network without attention, got vit; use snip or grasp"),
+    ({"arms": ()}, "arms must name at least one, each once; got none"),
+    ({"arms": ("imp", "imp")}, "arms must name at least one, each once; got imp, imp"),
+    ({"arms": ("imp", "early_stopped"), "early_epochs": 16, "plane_arms": ("dense",), "hessian_arms": ("dense",),
+      "robust_arms": ("dense",)}, "early_epochs must be at most epochs (15) for arm early_stopped, got 16"),
     ({"robust_round": 3}, "robust_round must be 0 (the last) or one of at_rounds (2, 5), got 3"),
     ({"allocation": "even"}, "allocation must be one of "), ({"spare": ("middle",)}, "spare must "),
 ])
@@ -70,8 +75,8 @@ def test_a_setting_of_arms_that_makes_no_sense_is_refused(settings, line):
 
 
 def test_a_snapshot_must_lie_within_the_dense_run():
-    with pytest.raises(ValueError, match=r"snapshots must be steps of the dense run, in \[1, 10\]; got \[11\]"):
-        plan(snapshots=(11,))  # 160 images in batches of 32, two epochs
+    with pytest.raises(ValueError, match=r"snapshots must be steps before the end of the dense run, in \[1, 9\]; got \[10\]"):
+        plan(snapshots=(10,))  # 160 images in batches of 32, two epochs
 
 
 # --- units ---
@@ -97,6 +102,34 @@ def test_combined_takes_distilled_masks_first_and_goes_on_with_real_data():
     assert "images" not in network.parents
     assert network.parents["ticket"] is made.ticket("distilled", 0, 1)
     assert [u.parents.get("images") is not None for u in made.searches_of("combined", 0, 2)] == [True, False]
+
+
+def test_controls_and_scopes_of_combined_are_its_own_in_every_round():
+    made = plan(**WIDE)
+    for round in (1, 2):
+        shuffled = made.ticket("combined_shuffled", 0, round)
+        assert shuffled.parents["of"] is made.ticket("combined", 0, round)
+        assert shuffled.key != made.ticket("combined", 0, round).key
+    assert made.ticket("combined_weights", 0, 1) is made.ticket("distilled_weights", 0, 1)
+    second = made.ticket("combined_weights", 0, 2)
+    assert second.parents["previous"] is made.ticket("distilled_weights", 0, 1)
+    assert second.spec["prune"]["scope"] == "weights"
+
+
+@pytest.mark.parametrize("settings, line", [
+    ({"fraction": 0.999, "rounds": 5, "at_rounds": (5,)}, "fraction 0.999 leaves 0 of "),
+    ({"fraction": 0.7, "rounds": 5, "at_rounds": (5,), "spare": ("last",)}, "fraction 0.7 leaves "),
+])
+def test_pruning_everything_is_refused_before_anything_runs(settings, line):
+    with pytest.raises(ValueError) as caught:
+        plan(**settings)
+    assert str(caught.value).startswith(line)
+    assert "take a smaller fraction or fewer rounds" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_arms_without_masks_of_their_own_make_no_comparison():
+    assert plan(arms=("imp_shuffled",), robust_arms=("dense",), hessian_arms=("dense",)).masks() == []
 
 
 def test_pretrained_searches_on_the_set_from_the_early_step():
@@ -216,7 +249,8 @@ def test_masks_are_compared_over_all_arms(made):
 def test_a_mask_is_compared_once():
     made = plan(**WIDE | {"at_rounds": (1, 2), "arms": tuple(reversed(EVERY))})
     first, second = (set(e.unit.parents) for e in made.masks())
-    assert second - first == {"combined"}  # whose first mask is that of distilled pruning
+    # whose first masks are those of distilled pruning; a scope has the same, if the study has that arm
+    assert second - first == {"combined"}
     assert not {arm for arm in second if made.study.arm(arm).control}
 
 
@@ -264,6 +298,7 @@ def test_every_suffix_and_control_is_named_in_the_refusal():
     with pytest.raises(ValueError) as caught:
         arm_of("none", SETS)
     assert all(f"_{word}" in str(caught.value) for word in (*SUFFIXES, *CONTROLS))
+    assert len(str(caught.value)) < 300
 
 
 def test_searches_count_the_networks_of_each_arm():
@@ -272,6 +307,8 @@ def test_searches_count_the_networks_of_each_arm():
     networks = {arm: sum(r["arm"] == arm for r in rows) for arm in EVERY}
     assert {r["arm"]: r["networks"] for r in rows} == {arm: n for arm, n in networks.items() if n}
     assert [networks[a] for a in ("imp", "one_shot", "snip", "combined", "imp_shuffled")] == [2, 1, 0, 2, 2]
+    early = [r for r in rows if r["arm"] == "distilled_pretrained"]
+    assert [r["part"] for r in early] == [1, 1, 2 / 10]  # the early training counts as far as it goes
     sets = {(e.place["arm"], e.unit) for e in made.search_sets()}
     assert ("distilled", made.small_set("idc", 0)) in sets
     assert ("combined", made.small_set("idc", 0)) in sets

@@ -193,3 +193,13 @@ def test_masks_that_cannot_be_compared_are_refused_naming_both():
         prune.compare({"imp": one, "dm": {"x": one["x"], "y": torch.ones(1, dtype=torch.bool)}})
     with pytest.raises(ValueError, match="masks number 0 and number 1 must have the same tensors"):
         prune.distances([one, {"x": one["x"]}])
+
+
+def test_one_mask_can_be_compared_and_stored(tmp_path):
+    from safetensors.torch import save_file
+
+    mask = {"a": torch.tensor([True, False, True])}
+    found = prune.compare({"only": mask})
+    # refuses tensors that share memory
+    save_file({"kept": found.kept, "both": found.both, "unique": found.unique}, str(tmp_path / "x.safetensors"))
+    assert found.unique.tolist() == [[2, 2]]

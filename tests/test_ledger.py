@@ -20,7 +20,8 @@ def store(tmp_path) -> Store:
 def searched(store: Store, arm: str, seed: int, rounds: list[tuple[float, float] | None], networks: int = 2,
              decoded: int = 1, of: str = "") -> list[tuple[dict, str]]:
     """Rows of the ledger: (training points, processor seconds) of each network, None for one that diverged."""
-    return [({"arm": arm, "round": 2, "percent": 67, "seed": seed, "search_round": i, "networks": networks, "decoded": decoded,
+    return [({"arm": arm, "round": 2, "percent": 67, "seed": seed, "search_round": i, "networks": networks, "part": 1.0,
+              "decoded": decoded,
               "image_flops": FLOPS},
              put(store, f"{of or arm} search {seed} {i}", {"points": spent[0]} if spent else None,
                  cpu=spent[1] if spent else 0.0))
@@ -133,3 +134,11 @@ def test_the_figure_of_costs_marks_search_and_set(store):
     assert {panel.get_xscale() for panel in figure.axes} == {"log"}
     empty = arm_figures.cost(ledger.ledger(store, []))
     assert [text.get_text() for text in empty.axes[0].texts] == ["no search is whole yet"]
+
+
+def test_a_part_of_a_training_counts_as_that_part(store):
+    (place, key), = searched(store, "imp", 0, [(1000, 40.0)], networks=1)
+    table = ledger.ledger(store, [(place | {"part": 0.25}, key)])
+    assert table["points"].tolist() == [250]
+    assert table["seconds"].tolist() == [10]
+    assert table["flops"].tolist() == [250 * place["image_flops"]]

@@ -61,7 +61,7 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"seeds": "two"}, "seeds must be a whole number, got 'two'"),
     ("smoke", {"seeds": 0}, "seeds must be >= 1, got 0"),
     ("smoke", {"children": 1}, "children must be >= 2, a path needs two ends; got 1"),
-    ("smoke", {"arms": "imp,rigl"}, "arms must be chosen from imp, ltr, distilled, "),
+    ("smoke", {"arms": "imp,rigl"}, "unknown arm 'rigl'; "),
     ("smoke", {"sets": "gan"}, "sets must be chosen from idc, idc_factor1, dc, dsa, dm, mtt, generator, random_real, herding, "
                                "k_center, el2n, and each with _soft; got gan"),
     ("smoke", {"dm_steps": 0}, "dm_steps must be >= 1, got 0"), ("smoke", {"dc_lr": 0}, "dc_lr "),

@@ -27,6 +27,12 @@ def spared(model: models.ModelSpec, spare: Sequence[str]) -> tuple[str, ...]:
     return tuple(names[word] for word in SPARES if word in spare)
 
 
+def spared_weights(model: models.ModelSpec, spare: Sequence[str]) -> int:
+    """How many weights these layers have."""
+    names = spared(model, spare)
+    return sum(layer.weights for layer in models.layer_work(model) if f"{layer.name}.weight" in names)
+
+
 def shares(total: int, weights: Sequence[int], caps: Sequence[int]) -> list[int]:
     """Whole numbers that add up to ``total``, proportional to ``weights`` but none above its cap; exact arithmetic.
 

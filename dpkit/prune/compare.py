@@ -74,7 +74,7 @@ def compare(found: Mapping[str, Mask]) -> Comparison:
             both[..., index] += (numbers @ numbers.T).long()
             unique[:, index] += (rows & (rows.sum(0) == 1)).sum(1)
     unique[:, -1] = unique.sum(1)
-    kept = both.diagonal().T.contiguous()
+    kept = both.diagonal().T.clone()
     all_sizes, all_kept = _with_total(sizes), _with_total(kept)
     joint, left, right = _with_total(both), all_kept[:, None], all_kept[None]
     pairs = torch.broadcast_tensors(left, right, all_sizes)
@@ -88,6 +88,11 @@ def compare(found: Mapping[str, Mask]) -> Comparison:
         jaccard_within=_jaccard_within(kept, sizes),
         hamming_within=(chance_hamming(kept[:, None], kept[None], sizes) * sizes).sum(-1) / sizes.sum(),
         unique=unique)
+
+
+def jaccard(a: Mask, b: Mask) -> float:
+    """Overlap of the surviving weights over all tensors, |a and b| / |a or b|, in [0, 1]; errors as :func:`compare`'s."""
+    return float(compare({"a": a, "b": b}).jaccard[0, 1, -1])
 
 
 def distances(found: Sequence[Mask]) -> Tensor:

@@ -159,12 +159,6 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _named(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors under names ``GROUP/NAME``, on the CPU, as copies: safetensors stores no memory twice."""
-    return {f"{group}/{name}": t.detach().cpu().contiguous().clone() for group, tensors in groups.items()
-            for name, t in tensors.items()}
-
-
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes."""
     total = hashlib.sha256()
@@ -216,7 +210,7 @@ def _place(files: Mapping[Path, bytes], overwrite: bool) -> None:
     """Write files whole, each by one rename after all of them are on the disk."""
     taken = [path for path in files if path.exists()]
     if taken and not overwrite:
-        raise ValueError(f"{taken[-1]} exists; choose another path, or allow it to be overwritten")
+        raise ValueError(f"{taken[-1]} exists; choose another path, or allow it with overwrite")
     temporary = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in files}
     path = next(iter(files))
     try:

@@ -72,6 +72,9 @@ def keep_highest(scores: Params, mask: Mask, count: int) -> Mask:
     Equal scores are kept in order of position (first tensor first), so the result never depends on the sorting
     algorithm. Raises ``ValueError`` when a score is NaN or when ``count`` is more than there are or less than one.
     """
+    lacking = [name for name in mask if name not in scores]
+    if lacking:
+        raise ValueError(f"scores must have every tensor of the mask, got none for {listed(lacking)}")
     flat, alive = flatten(scores, mask), flatten(mask)
     if bool(torch.isnan(flat[alive]).any()):
         raise ValueError(NAN)
@@ -138,10 +141,3 @@ def listed(names: Collection[str], most: int = 3) -> str:
 def collapsed(mask: Mask) -> Sequence[str]:
     """Tensors in which nothing survives: no signal passes there any more."""
     return [name for name, m in mask.items() if not bool(m.any())]
-
-
-def jaccard(a: Mask, b: Mask) -> float:
-    """Overlap of the surviving weights, |a and b| / |a or b|, in [0, 1]."""
-    x, y = flatten(a), flatten(b, a)
-    union = int((x | y).sum())
-    return int((x & y).sum()) / union if union else 1.0

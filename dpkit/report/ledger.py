@@ -44,7 +44,8 @@ def searches(store: Store, rows: Rows) -> pd.DataFrame:
     Beside the columns of :func:`dpkit.report.frame`: stored_points (a decoded image counts as one over the number that its
     stored one decodes into, so that images are counted as stored) and flops (training on the points, pruned weights counted,
     as the machine multiplies by them). A search of which a network is missing or failed has no cost yet and is left out.
-    rows: places have arm, percent, seed, networks (how many the whole search has), decoded (images that a stored one decodes
+    rows: places have arm, percent, seed, networks (how many the whole search has), part (of its training
+    that counts), decoded (images that a stored one decodes
     into) and image_flops (of training on one image).
     """
     table = frame(store, list(rows), "network")
@@ -53,6 +54,7 @@ def searches(store: Store, rows: Rows) -> pd.DataFrame:
     table = table[table["failed"].isna()]
     whole = table.groupby(["arm", "percent", "seed"])["key"].transform("size") == table["networks"]
     table = table[whole]
+    table = table.assign(points=table["points"] * table["part"], seconds=table["seconds"] * table["part"])
     return table.assign(stored_points=table["points"] / table["decoded"], flops=table["points"] * table["image_flops"])
 
 

@@ -129,6 +129,7 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     for name, make in (("connectivity", _connectivity), ("alignment", _alignment), ("landscape", _landscape),
                        ("hessian", _hessian)):
         found += _from_frame(store, chapters.get(name, []), make)
+    found += _matched(store, chapters)
     return found
 
 
@@ -162,7 +163,8 @@ def _transfer(store: Store, table: pd.DataFrame) -> list[Number]:
 
 
 def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
-    """``tickets.ARM.accuracy@P``; distilled minus each arm, each arm minus IMP, and each control minus what it changes."""
+    """``tickets.ARM.accuracy@P``; distilled minus each arm, each arm minus IMP and minus the random mask, each control minus what
+    it changes, and fresh weights with signs minus those without."""
     chapter = Collector(store, "tickets", table.assign(accuracy=1 - table["error"]))
     for name, percent in chapter.places():
         chapter.add(name, percent, "accuracy", "accuracy")
@@ -170,6 +172,10 @@ def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
             chapter.compare(("distilled", percent), (name, percent), "accuracy", "accuracy")
         if name not in ("dense", "distilled", "imp"):
             chapter.compare((name, percent), ("imp", percent), "accuracy", "accuracy")
+        if name not in ("dense", "distilled", "random"):
+            chapter.compare((name, percent), ("random", percent), "accuracy", "accuracy")
+        if name.endswith("_signs"):
+            chapter.compare((name, percent), (f"{name.removesuffix('_signs')}_reinit", percent), "accuracy", "accuracy")
         base, endings = split(name)
         if endings and base != "imp":
             chapter.compare((name, percent), (base, percent), "accuracy", "accuracy")
@@ -194,6 +200,23 @@ def _alignment(store: Store, table: pd.DataFrame) -> list[Number]:
         for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "mean"), ("aligned_l2", "mean"),
                              ("cosine", "mean"), ("disagreement", "fraction")):
             chapter.add(name, percent, column, column, kind)
+    return chapter.found
+
+
+def _matched(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
+    """``connectivity.ARM.aligned_difference@P``: the barrier after matching channels minus the one before, pair by pair."""
+    before, after = (frame(store, list(chapters.get(name, ()))) for name in ("connectivity", "alignment"))
+    if not len(before) or not len(after):
+        return []
+    place = ["arm", "percent", "seed", "pair"]
+    both = after.merge(before[[*place, "error_barrier", "failed", "key"]], on=place, suffixes=("", "_before"))
+    both = both[both["failed"].isna() & both["failed_before"].isna()]
+    both = both.assign(change=both["aligned_barrier"] - both["error_barrier"])
+    # a row for each artifact that counts, so that the number leads back to both
+    rows = pd.concat([both, both.assign(key=both["key_before"])], ignore_index=True)
+    chapter = Collector(store, "connectivity", rows)
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "aligned_difference", "change", "mean")
     return chapter.found
 
 

@@ -7,6 +7,7 @@ and every small set's own name: iterative magnitude pruning that searches with t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -93,9 +94,10 @@ def arm_of(name: str, sets: Collection[str], steps: Collection[int] = ()) -> Arm
                 raise ValueError(f"arm {name} must have a search that trains, whose parameters scope {scope} keeps; "
                                  f"{name.removesuffix(f'_{scope}')} trains nothing")
             return dataclasses.replace(inner, title=f"{inner.title}; rewound {scope}", scope=scope)
-    plain = [n for n in sets if n not in ("idc",)]
-    raise ValueError(f"arms must be chosen from {', '.join(ARMS)}, ltr_STEP, or a small set ({', '.join(plain)}), each also with "
-                     f"{', '.join(f'_{s}' for s in SUFFIXES)} and then {', '.join(f'_{c}' for c in CONTROLS)}; got {name}")
+    near = difflib.get_close_matches(name, [*ARMS, *sets], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ARMS)}, ltr_STEP and the small sets."
+    raise ValueError(f"unknown arm {name!r}; {hint} Behind a name may stand {', '.join(f'_{s}' for s in SUFFIXES)}, then "
+                     f"{', '.join(f'_{c}' for c in CONTROLS)}; `dpkit arms` explains them")
 
 
 def _base(name: str, sets: Collection[str], steps: Collection[int]) -> Arm | None:
@@ -104,7 +106,7 @@ def _base(name: str, sets: Collection[str], steps: Collection[int]) -> Arm | Non
     if name in sets:
         return Arm(f"IMP that searches with the small set {name}", name)
     word = name.removeprefix("ltr_")
-    if word == name or not word.isdigit():
+    if word == name or not word.isdigit() or word != str(int(word)):
         return None
     if int(word) not in steps:
         stored = ", ".join(map(str, sorted(steps))) or "none"

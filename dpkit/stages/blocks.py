@@ -12,7 +12,7 @@ from typing import Any
 from dpkit.distill import METHODS, check_factor, published
 from dpkit.distill import spec_of as distill_spec
 from dpkit.models import count_prunable
-from dpkit.prune import survivors
+from dpkit.prune import spared_weights, survivors
 from dpkit.stages.costs import shipped_seconds
 from dpkit.stages.features import set_images
 from dpkit.stages.footprint import allowed_images, needed_memory
@@ -47,9 +47,15 @@ class Blocks:
         self.study.model(self.identity)
         check_factor(self.study.factor, min(self.identity["shape"][1:]))
         last = self.study.train.steps(self.identity["train"])
-        wrong = [step for step in self.study.snapshots if not 0 < step <= last]
+        wrong = [step for step in self.study.snapshots if not 0 < step < last]
         if wrong:
-            raise ValueError(f"snapshots must be steps of the dense run, in [1, {last}]; got {wrong}")
+            raise ValueError(f"snapshots must be steps before the end of the dense run, in [1, {last - 1}]; got {wrong}")
+        model = self.study.model(self.identity)
+        spared = spared_weights(model, self.study.spare)
+        if self.counts[-1] <= spared:
+            why = f" and {spared} of them are spared" if spared else ""
+            raise ValueError(f"fraction {self.study.fraction:g} leaves {self.counts[-1]} of {self.counts[0]} weights after round "
+                             f"{self.study.rounds}{why}; take a smaller fraction or fewer rounds")
 
     # --- building blocks ------------------------------------------------------------------------------------------------
     @cached_property
@@ -164,12 +170,16 @@ class Blocks:
         study = self.study
         train = train or study.train
         if images is not None:
-            asked = images.spec["distill"]
-            train = study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
+            train = self._on_set(images)
         parents = {name: u for name, u in (("images", images), ("ticket", ticket)) if u is not None}
         spec = {"data": self.identity, "model": self.model, "train": train.to_dict(), "init_seed": self.seed_at("init", init),
                 "noise_seed": noise, "first_step": first_step, "snapshots": list(snapshots)}
         return self.unit("network", spec, parents, label)
+
+    def _on_set(self, images: Unit) -> TrainSpec:
+        """Training on a small set."""
+        asked = images.spec["distill"]
+        return self.study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
 
     @_once
     def dense(self, init: int, role: str, child: int = 0) -> Unit:
@@ -184,14 +194,21 @@ class Blocks:
         found = self.study.arm(arm)
         return (found.step or self.rewind_step) if found.early else 0
 
+    def shared_with(self, arm: str, round: int) -> str:
+        """The arm whose ticket of this round is also that of ``arm``; nothing where it has its own."""
+        found = self.study.arm(arm)
+        if not found.before or found.control or round > self.study.combined_round:
+            return ""
+        return found.before + (f"_{found.scope}" if found.scope else "")
+
     @_once
     def searched(self, arm: str, init: int, round: int) -> Unit:
         """The network whose magnitudes decide the mask of round ``round + 1``."""
         found = self.study.arm(arm)
         if found.of:
             return self.searched(found.of, init, round)
-        if found.before and round < self.study.combined_round:
-            return self.searched(found.before, init, round)
+        if other := self.shared_with(arm, round + 1):
+            return self.searched(other, init, round)
         if found.once:
             return self.dense(init, "search")
         ticket = self.ticket(arm, init, round) if round else self._pretrained(arm, init) if found.pretrained else None
@@ -214,8 +231,8 @@ class Blocks:
     def ticket(self, arm: str, init: int, round: int) -> Unit:
         """The subnetwork of an arm after ``round`` rounds, from 1."""
         study, found = self.study, self.study.arm(arm)
-        if found.before and round <= study.combined_round:
-            return self.ticket(found.before, init, round)
+        if other := self.shared_with(arm, round):
+            return self.ticket(other, init, round)
         spec, parents = self._beginning(arm, init, round)
         label = f"{arm} ticket {init}, round {round}"
         if found.control:
@@ -265,9 +282,7 @@ class Blocks:
         images = None if source == "real" else self.small_set(source, init)
         train, count = self.study.train, self.identity["train"]
         if images is not None:
-            asked = images.spec["distill"]
-            train = self.study.train_on_set(asked["ipc"] * asked.get("factor", 1) ** 2)
-            count = set_images(asked, self.identity["classes"])
+            train, count = self._on_set(images), set_images(images.spec["distill"], self.identity["classes"])
         last, points = train.steps(count), self.study.early_bird_points
         steps = sorted({round_half_up(i * last / points) for i in range(points + 1)})
         return self.network(init, self.seed_at("search", init), f"watched network {init} on {source}", images=images,

@@ -162,10 +162,10 @@ class Plan(Blocks):
             for init in range(self.study.seeds):
                 tickets: dict[str, Unit] = {}
                 for arm in self.study.arms:
-                    found = self.study.arm(arm)
-                    borrowed = found.before in self.study.arms and round <= self.study.combined_round
-                    if not found.control and not borrowed:
+                    if not self.study.arm(arm).control and self.shared_with(arm, round) not in self.study.arms:
                         tickets[arm] = self.ticket(arm, init, round)
+                if not tickets:
+                    continue
                 unit = self.unit("masks", {"model": self.model, "arms": list(tickets)}, tickets,
                                  f"masks {init}, round {round}")
                 rows.append(Entry({"round": round, "percent": self.percent(round), "seed": init}, unit))
@@ -196,18 +196,23 @@ class Plan(Blocks):
     def searches(self) -> list[Entry]:
         """Every network that a mask search trains, with its tickets' arm: the cost ledger.
 
-        Places say how many networks the whole search has (``networks``), how many decoded images stand for a stored one, and
-        the floating-point operations of a training step on one image, pruned weights counted (the machine multiplies by them).
+        Places say how many networks the whole search has (``networks``), which ``part`` of each one's training it needs, how
+        many decoded images stand for a stored one, and the floating-point operations of a training step on one image, pruned
+        weights counted (the machine multiplies by them). Scores at initialisation train nothing and have no rows.
         """
         last, flops = max(self.study.at_rounds), BACKWARD * forward_work(self.study.model(self.identity)).flops
         rows = []
         for arm in self.study.arms:
             for init in range(self.study.seeds):
-                units = self.searches_of(arm, init, last)
-                for number, unit in enumerate(units):
+                units = [(unit, 1.0) for unit in self.searches_of(arm, init, last)]
+                if self.study.arm(arm).pretrained:
+                    whole = self.study.train.steps(self.identity["train"])
+                    units.append((self.dense(init, "search"), self.rewind_step / whole))
+                for number, (unit, part) in enumerate(units):
                     images = unit.parents.get("images")
                     decoded = images.spec["distill"].get("factor", 1) ** 2 if images else 1
-                    rows.append(Entry(self._place(arm, last, init, search_round=number, networks=len(units), decoded=decoded,
+                    rows.append(Entry(self._place(arm, last, init, search_round=number, networks=len(units), part=part,
+                                                  decoded=decoded,
                                                   image_flops=flops), unit))
         return rows
 

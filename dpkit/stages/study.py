@@ -166,11 +166,15 @@ class Study(Spec):
     run: int = 0
 
     def check(self) -> None:
+        self.require(bool(self.arms) and len(set(self.arms)) == len(self.arms),
+                     f"arms must name at least one, each once; got {', '.join(self.arms) or 'none'}")
         network = ModelSpec(arch=self.arch, width=self.width, norm=self.norm)
         for name in self.arms:
             found = self.arm(name)
             self.require("norm_only" not in (found.scope, self.scope) or network.norm_kind != "none",
                          f"arm {name} keeps norms (scope norm_only), but {self.arch} has none here; use another scope or norm")
+            self.require(found.training != "early_stopped" or self.early_epochs <= self.epochs,
+                         f"early_epochs must be at most epochs ({self.epochs}) for arm {name}, got {self.early_epochs}")
             self.require(found.score != "synflow" or self.arch != "vit",
                          f"arm {name} needs a network without attention, got {self.arch}; use snip or grasp")
         for name, allowed in (("sets", self.known_sets), ("early_bird_sources", ("real", *self.known_sets)),
