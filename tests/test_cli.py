@@ -92,7 +92,7 @@ MISTAKES = {
     "study --profile smoke --set fraction=-0.2": "fraction must lie in (0, 1)",
     "study --profile smoke --set fraction=nan": "fraction must be a",
     "study --profile smoke --set at_rounds=9": "at_rounds must lie in",
-    "study --profile smoke --set arms=imp,magic": "arms must be chosen from",
+    "study --profile smoke --set arms=imp,magic": "unknown arm 'magic'",
     "study --profile smoke --set width": "--set takes key=value",
     "study --profile smoke --set =4": "--set takes key=value",
     "study --profile smoke --device tpu": "device must be auto, cpu or cuda",

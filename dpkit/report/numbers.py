@@ -205,7 +205,8 @@ def _alignment(store: Store, table: pd.DataFrame) -> list[Number]:
 
 def _matched(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """``connectivity.ARM.aligned_difference@P``: the barrier after matching channels minus the one before, pair by pair."""
-    before, after = (frame(store, list(chapters.get(name, ()))) for name in ("connectivity", "alignment"))
+    before = frame(store, list(chapters.get("connectivity", ())), "path")
+    after = frame(store, list(chapters.get("alignment", ())), "alignment")
     if not len(before) or not len(after):
         return []
     place = ["arm", "percent", "seed", "pair"]

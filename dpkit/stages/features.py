@@ -204,12 +204,12 @@ def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
 def _masks(spec: Mapping[str, Any], parents: Specs) -> Features:
     net = sizes(model_of(spec))
     # pairs of arms, and a pass with its gradient for the paths of each
-    return Features("masks", {"unit": 1, "mweight": len(spec["arms"]) * net.prunable / 1e6})
+    return Features("compare", {"unit": 1, "mweight": len(spec["arms"]) * net.prunable / 1e6})
 
 
 def _early_bird(spec: Mapping[str, Any], parents: Specs) -> Features:
     steps = len(parents["network"]["snapshots"]) if "network" in parents else 1
-    return Features("masks", {"unit": 1, "mweight": steps * sizes(model_of(spec)).prunable / 1e6})
+    return Features("compare", {"unit": 1, "mweight": steps * sizes(model_of(spec)).prunable / 1e6})
 
 
 def _robustness(spec: Mapping[str, Any], parents: Specs) -> Features:

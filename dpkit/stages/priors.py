@@ -28,7 +28,7 @@ CPU: dict[str, dict[str, float]] = {
     "alignment/fp32": {"unit": 0.02, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14, "mweight": 2.0},
     "plane/fp32": {"unit": 0.0067, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17},
     "ticket": {"unit": 0.0016, "mweight": 0.091, "gflop": 0.018},
-    "masks": {"unit": 0.01, "mweight": 0.3},
+    "compare": {"unit": 0.01, "mweight": 0.3},
     "robustness": {"unit": 0.01, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17, "augmented mpixel": 0.05},
 }
 
@@ -43,7 +43,7 @@ CUDA: dict[str, dict[str, float]] = {
     "mtt": {"unit": 0.5, "step": 0.03, "gflop": 5e-5, "gbyte": 1e-3},
     "generator": {"unit": 2.0, "step": 0.06, "gflop": 5e-5},
     "ticket": {"unit": 0.02, "mweight": 0.05, "gflop": 5e-5},
-    "masks": {"unit": 0.02, "mweight": 0.2},
+    "compare": {"unit": 0.02, "mweight": 0.2},
     "robustness": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4, "augmented mpixel": 0.02},
     "path": {"unit": 0.02, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4},
     "alignment": {"unit": 0.05, "step": 2e-3, "gflop": 5e-5, "gbyte": 5e-4, "mweight": 2.0},
