@@ -126,7 +126,8 @@ def test_numbers_follow_their_schema(dpkit, here):
     store = Store(here / "results" / "store")
     for record in found:
         assert list(record) == ["name", "value", "n", "low", "high", "key"]
-        assert re.fullmatch(r"(distill|tickets|masks|robustness|connectivity|landscape|hessian)(\.[a-z0-9_]+){2,3}(@\d+)?", record["name"])
+        assert re.fullmatch(r"(distill|tickets|masks|robustness|connectivity|landscape|hessian)(\.[a-z0-9_]+){2,3}(@\d+)?",
+                            record["name"])
         # planes are of one initialisation, and a ratio leaves out a seed whose estimate is not positive
         assert record["n"] == 2 or (record["n"] == 1 and re.match(r"landscape|.*_over_", record["name"]))
         assert store.get(record["key"]).result["value"] == record["value"]
@@ -276,7 +277,7 @@ def test_predict_says_what_is_missing_and_what_it_takes(dpkit, here, tmp_path, m
     monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "empty"))
     answer = dpkit("predict", "--profile", "tiny.yml")
     units = len(stages.closure(e.unit for part in (*stages.CHAPTERS, "searches")
-                               for e in getattr(cli.plan_of("tiny.yml", {}), part)()))
+                               for e in _entries(cli.plan_of("tiny.yml", {}), part)))
     assert re.search(rf"^ dpkit compute +{units} ", answer.out, re.MULTILINE)
     assert "from the library's table" in answer.out
 

@@ -218,10 +218,10 @@ def _robustness(spec: Mapping[str, Any], parents: Specs) -> Features:
     made = len(asked["corruptions"]) * len(asked["severities"])
     passes = 1 + made + len(asked["bits"])
     net = sizes(model)
-    return Features("robustness", {"unit": 1, "step": passes * -(-images // EVALUATED),
-                                   "gflop": passes * images * net.flops / 1e9,
-                                   **_moved(model, 4 * passes * images * net.moved / 1e9),
-                                   "augmented mpixel": made * images * pixels_of(data) / 1e6})
+    return Features("robustness/fp32", {"unit": 1, "step": passes * -(-images // EVALUATED),
+                                        "gflop": passes * images * net.flops / 1e9,
+                                        **_moved(model, 4 * passes * images * net.moved / 1e9),
+                                        "augmented mpixel": made * images * pixels_of(data) / 1e6})
 
 
 def _evaluations(kind: str, asked: Mapping[str, Any], spec: Mapping[str, Any], points: int, images: int) -> Features:

@@ -2,8 +2,9 @@
 
 The table for processors was measured on two cores of an AMD EPYC (Zen 5), torch 2.13, one thread a process, memory kept: units
 of every kind at several sizes of network, data set and schedule, fitted as a store's own timings are (DM, MTT and the diffusion
-model: two settings each). `dpkit predict --coefficients` prints such a table from any store. The other constants here are
-estimates, each of which a store's own timings soon outweigh; the table for GPUs is one of them.
+model: two settings each; comparing masks, robustness and alignment: one or two). `dpkit predict --coefficients` prints such a
+table from any store. The other constants here are estimates, each of which a store's own timings soon outweigh; the table for
+GPUs is one of them.
 """
 
 #: the processor that the table below was measured on
@@ -25,11 +26,12 @@ CPU: dict[str, dict[str, float]] = {
     "network/fp32": {"unit": 0.0055, "step": 0.00098, "gflop": 0.006, "gbyte": 0.16, "norm gbyte": 0.13,
                      "augmented step": 0.0004, "augmented mpixel": 0.0019, "test gflop": 0.012},
     "path/fp32": {"unit": 0.0052, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14},
-    "alignment/fp32": {"unit": 0.02, "step": 0.0021, "gflop": 0.0079, "gbyte": 0.12, "norm gbyte": 0.14, "mweight": 2.0},
+    "alignment/fp32": {"unit": 0.022, "step": 0.0024, "gflop": 0.009, "gbyte": 0.135, "norm gbyte": 0.16, "mweight": 2.2},
     "plane/fp32": {"unit": 0.0067, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17},
     "ticket": {"unit": 0.0016, "mweight": 0.091, "gflop": 0.018},
-    "compare": {"unit": 0.01, "mweight": 0.3},
-    "robustness": {"unit": 0.01, "step": 0.0007, "gflop": 0.0088, "gbyte": 0.15, "norm gbyte": 0.17, "augmented mpixel": 0.05},
+    "compare": {"unit": 0.0033, "mweight": 0.31},
+    "robustness/fp32": {"unit": 0.004, "step": 0.00028, "gflop": 0.0035, "gbyte": 0.06, "norm gbyte": 0.067,
+                        "augmented mpixel": 0.018},
 }
 
 #: a GPU has no measured table yet: launching a kernel costs what it costs on any machine, and the rest follows a data sheet
