@@ -200,7 +200,7 @@ def test_compare_counts_what_both_keep(run, here):
 # --- what is refused ----------------------------------------------------------------------------------------------------------
 MISTAKES = {
     "make": "Missing argument 'ARM'",
-    "make idk": "got idk",
+    "make idk": "unknown arm 'idk'",
     "make dense": "arm must be one that prunes, got dense",
     "make imp --round 9": "round must lie in [1, 2], the rounds of this study, got 9; --set rounds=9",
     "make imp --round 0": "round must lie in [1, 2]",
@@ -208,12 +208,12 @@ MISTAKES = {
     "make imp --device tpu": "device must be auto, cpu or cuda",
     "make imp --set widht=4": "did you mean width",
     "export imp": "Missing option '--out'",
-    "export idk --out x": "got idk",
+    "export idk --out x": "unknown arm 'idk'",
     "show": "Missing argument 'WHAT'",
     "show nowhere.safetensors": "ticket file nowhere.safetensors does not exist",
     "show folder/t": "ticket file folder/t does not exist",
     "show noise.pt": "noise.pt cannot be read as safetensors",
-    "show idk": "got idk",
+    "show idk": "unknown arm 'idk'",
     "compare imp": "Missing argument 'B'",
     "compare noise.pt imp": "noise.pt cannot be read as safetensors",
     "list --profile nope": "unknown profile 'nope'",
