@@ -5,6 +5,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from masked import SHAPES, WORK, compared, drawn, watched
 from test_report import NAME, found, put
@@ -143,3 +144,13 @@ def test_what_is_not_defined_has_no_number(store):
     known = found(store, masks=[compared(store, everything, 0, 1)])
     assert known["masks.distilled_with_imp.jaccard@1"].value == 1
     assert "masks.distilled_with_imp.jaccard_excess@1" not in known
+
+
+def test_a_collapsed_layer_is_named():
+    rows = [{"arm": arm, "percent": 90, "seed": seed, "layer": layer, "kept": kept}
+            for arm, counts in (("snip", (0, 5)), ("imp", (3, 2))) for seed in range(2)
+            for layer, kept in zip(("conv0", "classifier"), counts if seed == 0 else (1, 4), strict=True)]
+    table = pd.DataFrame([*rows, {"arm": "snip", "percent": 90, "seed": 0, "layer": "all", "kept": 5}])
+    assert overlap.collapsed(table) == ("Layer collapse, layers that lost all their weights: SNIP at 90% (conv0; 1 of 2 "
+                                        "initialisations).")
+    assert overlap.collapsed(table[table["arm"] == "imp"]).startswith("Layer collapse: no arm lost all weights")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dpkit.report.arms import called
 from dpkit.report.numbers import Collector, Number, Rows
 from dpkit.store import Artifact, Store
 
@@ -128,6 +129,22 @@ def with_arm(table: pd.DataFrame, arm: str) -> pd.DataFrame:
     """The pairs of ``overlaps`` that ``arm`` is in, from its side: column ``arm`` is the other one."""
     mine = table[(table["arm_a"] == arm) | (table["arm_b"] == arm)]
     return mine.assign(arm=mine["arm_a"].where(mine["arm_b"] == arm, mine["arm_b"]))
+
+
+def collapsed(table: pd.DataFrame) -> str:
+    """Which arms lost whole layers, in a sentence: no signal passes a layer without weights, unless a shortcut leads round it.
+
+    table: of :func:`layers`.
+    """
+    gone = table[(table["layer"] != ALL) & (table["kept"] == 0)]
+    if not len(gone):
+        return "Layer collapse: no arm lost all weights of a layer at any measured sparsity."
+    parts = []
+    for (arm, percent), part in gone.groupby(["arm", "percent"], sort=False):
+        of = table[(table["arm"] == arm) & (table["percent"] == percent)]["seed"].nunique()
+        parts.append(f"{called(arm)} at {percent}% ({', '.join(sorted(set(part['layer'])))}; {part['seed'].nunique()} of {of} "
+                     "initialisations)")
+    return f"Layer collapse, layers that lost all their weights: {'; '.join(parts)}."
 
 
 def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
