@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dpkit import cli
+from dpkit.store import Store
 
 HERE = Path(__file__).resolve().parents[1]
 NOT_OURS = ("DPKIT_STORE", "DPKIT_DATA", "DPKIT_PROGRESS")
@@ -63,6 +64,21 @@ def dpkit(monkeypatch, capsys) -> Callable[..., Answer]:
             cli.main()
         return Answer(ended.value.code or 0, *capsys.readouterr())
     return call
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A checkout that the tests of one file share."""
+    return make_checkout(tmp_path_factory.mktemp("shared") / "checkout")
+
+
+@pytest.fixture
+def here(root, monkeypatch) -> Store:
+    """The store of that checkout, which is the current folder; some files have a ``here`` of their own."""
+    for name in NOT_OURS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(root)
+    return Store(root / "results" / "store")
 
 
 @dataclass(frozen=True)

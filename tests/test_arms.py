@@ -51,6 +51,8 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, line):
 @pytest.mark.parametrize("settings, line", [
     ({"combined_round": 3, "rounds": 2, "at_rounds": (2,), "arms": ("combined",), "plane_arms": ("dense",),
       "hessian_arms": ("dense",), "robust_arms": ("dense",)}, "combined_round must lie in [1, 2], the rounds; got 3"),
+    ({"combined_round": 3, "rounds": 2, "at_rounds": (2,), "arms": ("combined_shuffled",), "plane_arms": ("dense",),
+      "hessian_arms": ("dense",), "robust_arms": ("dense",)}, "combined_round must lie in [1, 2], the rounds; got 3"),
     ({"large_batch": 0}, "large_batch must be >= 1, got 0"), ({"early_epochs": 0}, "early_epochs must be >= 1, got 0"),
     ({"score_per_class": 0}, "score_per_class must be >= 1, got 0"), ({"bits": (1,)}, "bits must lie in [2, "),
     ({"corruptions": ("rain",)}, "corruptions must be chosen from"), ({"severities": (6,)}, "severities must lie in [1, 5]"),

@@ -36,20 +36,6 @@ def plan(**more):
     return cli.plan_of("smoke", SETTINGS | {"evaluation_archs": "", "evaluation_seeds": "2"} | more)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_checkout(tmp_path_factory.mktemp("distill") / "checkout")
-
-
-@pytest.fixture
-def here(root, monkeypatch) -> Store:
-    """The store of a checkout that the tests of this file share; it is the current folder."""
-    for name in NOT_OURS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(root)
-    return Store(root / "results" / "store")
-
-
 @pytest.fixture
 def run(dpkit):
     """Call `dpkit distill`; the answer must be good."""

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, NOT_OURS, make_checkout
+from conftest import HERE, NOT_OURS
 from test_cli import files as listing
 from test_cli import one_line
 
 from dpkit import cli, prune, stages
 from dpkit.data import _torchvision
 from dpkit.prune import files
-from dpkit.store import Store
 
 torch.set_num_threads(1)  # as in a worker: equal bits
 
@@ -34,20 +33,6 @@ def tiny(**more: str) -> list[str]:
 @functools.cache
 def plan(**more):
     return cli.plan_of("smoke", SETTINGS | more)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return make_checkout(tmp_path_factory.mktemp("tickets") / "checkout")
-
-
-@pytest.fixture
-def here(root, monkeypatch) -> Store:
-    """The store of a checkout that the tests of this file share; it is the current folder."""
-    for name in NOT_OURS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(root)
-    return Store(root / "results" / "store")
 
 
 @pytest.fixture

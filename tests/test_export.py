@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
     write(pixels(), tmp_path / "data.pt", "idc")
     before = (tmp_path / "data.pt").read_bytes()
-    monkeypatch.setattr("dpkit.distill.export.os.fsync", full)
+    monkeypatch.setattr("dpkit.files.os.fsync", full)
     with pytest.raises(ValueError, match=r"data.pt cannot be written \(No space left on device\)") as error:
         write(Split(IMAGES * 0.5, LABELS), tmp_path / "data.pt", "idc", overwrite=True)
     line(error)

@@ -333,3 +333,13 @@ def test_every_arm_and_set_has_a_name_for_people():
     assert {"dense", *ARMS, *SETS} <= set(frames.TITLES)
     assert numbers.suffix(0) == ""
     assert numbers.suffix(67) == "@67"
+
+
+@pytest.mark.parametrize("kind, values, low, high", [("fraction", (0.0, 1.0), 0.0, 1.0), ("cosine", (0.2, 1.0), -1.0, 1.0),
+                                                     ("length", (1.0, 9.0), 0.0, None), ("mean", (0.0, 1.0), None, None)])
+def test_intervals_are_cut_to_what_a_measure_can_be(store, kind, values, low, high):
+    found = numbers.number(store, f"tickets.imp.{kind}", dict(enumerate(values)), [], kind)
+    plain = numbers.number(store, f"tickets.imp.{kind}_uncut", dict(enumerate(values)), [], "mean")
+    assert found.value == plain.value
+    assert found.low == (plain.low if low is None else low)
+    assert found.high == (plain.high if high is None else high)

@@ -120,7 +120,7 @@ def test_nothing_is_replaced_unasked_and_nothing_half_is_left(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dpkit.prune.files.os.fsync", full)
+        patch.setattr("dpkit.files.os.fsync", full)
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)") as error:
             files.save(file, ticket(seed=1), MODEL, overwrite=True)
     line(error)

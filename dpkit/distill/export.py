@@ -2,9 +2,6 @@
 from __future__ import annotations
 
 import io
-import os
-import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from dpkit.data import Split, normalise
 from dpkit.distill.published import FORMS, check_balance, check_factor, labels_beside
+from dpkit.files import place
 
 
 def write(split: Split, path: str | Path, form: str, mean: Tensor | None = None, std: Tensor | None = None, *, factor: int = 1,
@@ -52,8 +50,8 @@ def write(split: Split, path: str | Path, form: str, mean: Tensor | None = None,
         beside = labels_beside(path)
         if beside == path:
             raise ValueError(f"{path.name} is where the labels go; name the file of the images images_best.pt")
-        return _place({beside: _saved(labels), path: _saved(images)}, overwrite)[::-1]
-    return _place({path: _saved([images, labels] if form == "idc" else
+        return place({beside: _saved(labels), path: _saved(images)}, overwrite)[::-1]
+    return place({path: _saved([images, labels] if form == "idc" else
                                 {"data": [[images, labels]], "accs_all_exps": {}})}, overwrite)
 
 
@@ -77,12 +75,12 @@ def write_sheet(images: Tensor, labels: Tensor, path: str | Path, *, zoom: int =
     hard = split.hard_labels()
     rows = [pixels[hard == c] for c in range(int(hard.max()) + 1)]
     if path.suffix.lower() == ".png":
-        return _place({path: _png(rows)}, overwrite)
+        return place({path: _png(rows)}, overwrite)
     files = {path / "all.png": _png(rows)}
     for c, row in enumerate(rows):
         if len(row):
             files[path / f"class-{c:0{len(str(len(rows) - 1))}d}.png"] = _png(list(row.split(10)))
-    return _place(files, overwrite)
+    return place(files, overwrite)
 
 
 def _png(rows: list[Tensor], gap: int = 2) -> bytes:
@@ -107,27 +105,3 @@ def _saved(content: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
-
-
-def _place(files: Mapping[Path, bytes], overwrite: bool) -> list[Path]:
-    """Write files whole, each by one rename after all of them are on the disk."""
-    taken = [path for path in files if path.exists()]
-    if taken and not overwrite:
-        raise ValueError(f"{taken[0]} exists; choose another path, or allow it to be overwritten")
-    temporary = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in files}
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
-    finally:
-        for left in temporary.values():
-            if left.is_file():
-                left.unlink()
-    return list(files)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from dpkit import __version__
+from dpkit.files import place
 from dpkit.models import ModelSpec
 from dpkit.prune import masks
 from dpkit.prune.iterate import Ticket
@@ -95,7 +94,7 @@ def save(path: str | Path, ticket: Ticket, model: ModelSpec, about: Mapping[str,
     except (TypeError, ValueError) as error:
         raise ValueError(f"about must hold plain finite values (text, numbers, lists, dictionaries); {error}") from None
     shown = json.dumps(text, indent=1, ensure_ascii=False)
-    _place({beside: f"{shown}\n".encode(), file: to_bytes(tensors, {"ticket": shown})}, overwrite)
+    place({beside: f"{shown}\n".encode(), file: to_bytes(tensors, {"ticket": shown})}, overwrite)
     return file, beside
 
 
@@ -204,26 +203,3 @@ def _description(path: Path, text: str) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{path}: its description has no valid {wrong!r} (got {_brief(found.get(wrong))}); export it again")
     return found
-
-
-def _place(files: Mapping[Path, bytes], overwrite: bool) -> None:
-    """Write files whole, each by one rename after all of them are on the disk."""
-    taken = [path for path in files if path.exists()]
-    if taken and not overwrite:
-        raise ValueError(f"{taken[-1]} exists; choose another path, or allow it with overwrite")
-    temporary = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in files}
-    path = next(iter(files))
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another path") from None
-    finally:
-        for left in temporary.values():
-            left.unlink(missing_ok=True)

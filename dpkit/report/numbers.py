@@ -7,6 +7,7 @@ fractions in [0, 1]. n counts independent initialisations; children and pairs of
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from dpkit.statistics import mean_interval, ratio_interval
 from dpkit.store import Store, key_for
 
 LEVEL = 0.95
+#: what means of a kind can be
+RANGES = {"fraction": (0.0, 1.0), "cosine": (-1.0, 1.0), "length": (0.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,13 @@ class Number:
 def number(store: Store, name: str, values: Mapping[int, float], keys: Sequence[str], kind: str = "mean") -> Number:
     """Summarise one value a seed and keep the summary in the store, with everything that went in as its parents.
 
-    kind: ``mean``; ``fraction``, a mean whose interval is cut to [0, 1]; ``ratio``, a geometric mean.
+    kind: ``mean``; a mean whose interval is cut to what the measure can be, ``fraction`` to [0, 1], ``cosine`` to [-1, 1] and
+    ``length`` to 0 and more; ``ratio``, a geometric mean.
     """
     ordered = [values[seed] for seed in sorted(values)]
     value, low, high = (ratio_interval if kind == "ratio" else mean_interval)(ordered, LEVEL)
-    if kind == "fraction" and low is not None:
-        low, high = max(0.0, low), min(1.0, high)
+    if kind in RANGES and low is not None:
+        low, high = max(RANGES[kind][0], low), min(RANGES[kind][1], high)
     spec = {"name": name, "kind": kind, "level": LEVEL, "seeds": sorted(values)}
     parents = {str(i): key for i, key in enumerate(sorted(set(keys)))}
     key = key_for("number", 1, spec, parents)
@@ -197,8 +201,8 @@ def _alignment(store: Store, table: pd.DataFrame) -> list[Number]:
     """Pairs of children with their channels matched, and how far they are apart."""
     chapter = Collector(store, "connectivity", table)
     for name, percent in chapter.places():
-        for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "mean"), ("aligned_l2", "mean"),
-                             ("cosine", "mean"), ("disagreement", "fraction")):
+        for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "length"),
+                             ("aligned_l2", "length"), ("cosine", "cosine"), ("disagreement", "fraction")):
             chapter.add(name, percent, column, column, kind)
     return chapter.found
 

@@ -278,7 +278,11 @@ class Blocks:
 
     @_once
     def watched(self, source: str, init: int) -> Unit:
-        """A dense network trained on ``source`` and kept at evenly spaced steps, initialisation and end included."""
+        """A dense network trained on ``source`` and kept at evenly spaced steps, initialisation and end included.
+
+        On real data this is the search's dense network once more: what is watched must not change the key that all searches and
+        their tickets rest on.
+        """
         images = None if source == "real" else self.small_set(source, init)
         train, count = self.study.train, self.identity["train"]
         if images is not None:

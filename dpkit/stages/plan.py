@@ -212,8 +212,7 @@ class Plan(Blocks):
                     images = unit.parents.get("images")
                     decoded = images.spec["distill"].get("factor", 1) ** 2 if images else 1
                     rows.append(Entry(self._place(arm, last, init, search_round=number, networks=len(units), part=part,
-                                                  decoded=decoded,
-                                                  image_flops=flops), unit))
+                                                  decoded=decoded, image_flops=flops), unit))
         return rows
 
     def search_sets(self) -> list[Entry]:

@@ -54,10 +54,9 @@ class Study(Spec):
     of the dense run to keep, for ``ltr_STEP``), combined_round (distilled rounds of ``combined``), large_batch, early_epochs (of
     the searches that are named so), score_per_class (real images that SNIP and GraSP see). Measuring: seeds
     (initialisations), children (per ticket), early_bird_sources (``real`` or small sets) and early_bird_points (networks along
-    their training), robust_arms, robust_round (0: the last measured one), corruptions, severities, bits and robust_images (as in
-    ``RobustnessSpec``), points on a path,
-    statistics (BatchNorm on the way), path_precision (of paths and planes), plane_arms, plane_resolution, plane_images,
-    hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
+    their training), robust_arms, robust_round (0: the last measured one), corruptions, severities, bits and robust_images (as
+    in ``RobustnessSpec``), points on a path, statistics (BatchNorm on the way), path_precision (of paths and planes),
+    plane_arms, plane_resolution, plane_images, hessian_arms, hessian_images, probes, lanczos_steps. run: seed of the whole study.
     """
 
     dataset: str = "shapes"
@@ -190,7 +189,7 @@ class Study(Spec):
         self.require(bool(self.at_rounds), "at_rounds must name at least one round")
         wrong = [r for r in self.at_rounds if not 1 <= r <= self.rounds]
         self.require(not wrong, f"at_rounds must lie in [1, {self.rounds}], the rounds; got {wrong}")
-        self.require("combined" not in self.arms or self.combined_round <= self.rounds,
+        self.require(self.combined_round <= self.rounds or not any(self.arm(name).before for name in self.arms),
                      f"combined_round must lie in [1, {self.rounds}], the rounds; got {self.combined_round}")
         self.require(self.robust_round in (0, *self.at_rounds),
                      f"robust_round must be 0 (the last) or one of at_rounds ({', '.join(map(str, self.at_rounds))}), got "
