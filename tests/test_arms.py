@@ -306,9 +306,14 @@ def test_every_suffix_and_control_is_named_in_the_refusal():
 def test_searches_count_the_networks_of_each_arm():
     made = plan(**WIDE)
     rows = [e.place for e in made.searches()]
-    networks = {arm: sum(r["arm"] == arm for r in rows) for arm in EVERY}
-    assert {r["arm"]: r["networks"] for r in rows} == {arm: n for arm, n in networks.items() if n}
+    pieces = {arm: sum(r["arm"] == arm for r in rows) for arm in EVERY}
+    assert {r["arm"]: r["pieces"] for r in rows} == {arm: n for arm, n in pieces.items() if n}
+    networks = {r["arm"]: r["networks"] for r in rows}
     assert [networks[a] for a in ("imp", "one_shot", "snip", "combined", "imp_shuffled")] == [2, 1, 0, 2, 2]
+    # scores train nothing and take images: two of each of ten classes here, twice for GraSP, and SynFlow a hundred of ones
+    assert {r["arm"]: r["points"] for r in rows if "points" in r} == {"snip": 20, "grasp": 40, "synflow": 100}
+    assert next(e.unit for e in made.searches() if e.place["arm"] == "snip") is made.ticket("snip", 0, 2)
+    assert pieces["random"] == 0
     early = [r for r in rows if r["arm"] == "distilled_pretrained"]
     assert [r["part"] for r in early] == [1, 1, 2 / 10]  # the early training counts as far as it goes
     sets = {(e.place["arm"], e.unit) for e in made.search_sets()}

@@ -20,9 +20,8 @@ def store(tmp_path) -> Store:
 def searched(store: Store, arm: str, seed: int, rounds: list[tuple[float, float] | None], networks: int = 2,
              decoded: int = 1, of: str = "") -> list[tuple[dict, str]]:
     """Rows of the ledger: (training points, processor seconds) of each network, None for one that diverged."""
-    return [({"arm": arm, "round": 2, "percent": 67, "seed": seed, "search_round": i, "networks": networks, "part": 1.0,
-              "decoded": decoded,
-              "image_flops": FLOPS},
+    return [({"arm": arm, "round": 2, "percent": 67, "seed": seed, "search_round": i, "pieces": networks, "networks": networks,
+              "part": 1.0, "decoded": decoded, "image_flops": FLOPS},
              put(store, f"{of or arm} search {seed} {i}", {"points": spent[0]} if spent else None,
                  cpu=spent[1] if spent else 0.0))
             for i, spent in enumerate(rounds)]
@@ -142,3 +141,12 @@ def test_a_part_of_a_training_counts_as_that_part(store):
     assert table["points"].tolist() == [250]
     assert table["seconds"].tolist() == [10]
     assert table["flops"].tolist() == [250 * place["image_flops"]]
+
+
+def test_a_score_at_initialisation_costs_what_its_images_take(store):
+    key = put(store, "snip ticket", {"sparsity": 0.67, "round": 2}, cpu=0.5)
+    place = {"arm": "snip", "round": 2, "percent": 67, "seed": 0, "search_round": 0, "pieces": 1, "networks": 0, "part": 1.0,
+             "decoded": 1, "image_flops": 7.0, "points": 100}
+    table = ledger.ledger(store, [(place, key), *searched(store, "imp", 0, [(1000, 40.0)] * 2)])
+    row = table.set_index("arm").loc["snip"]
+    assert (row["networks"], row["points"], row["flops"], row["seconds"]) == (0, 100, 700, 0.5)

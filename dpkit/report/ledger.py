@@ -39,20 +39,20 @@ PAPER = (Claimed("search_stored_points", 300 * 50_000 / (1000 * 100), "images pr
 
 
 def searches(store: Store, rows: Rows) -> pd.DataFrame:
-    """One row for each network that a search trained, of searches that are whole.
+    """One row for each network that a search trained, or for the ticket of a score at initialisation, of searches that are whole.
 
     Beside the columns of :func:`dpkit.report.frame`: stored_points (a decoded image counts as one over the number that its
     stored one decodes into, so that images are counted as stored) and flops (training on the points, pruned weights counted,
     as the machine multiplies by them). A search of which a network is missing or failed has no cost yet and is left out.
-    rows: places have arm, percent, seed, networks (how many the whole search has), part (of its training
-    that counts), decoded (images that a stored one decodes
-    into) and image_flops (of training on one image).
+    rows: places have arm, percent, seed, pieces (how many the whole search has), networks (how many of them are networks), part
+    (of a training that counts), decoded (images that a stored one decodes into) and image_flops (of one image); of a score
+    also points.
     """
     table = frame(store, list(rows), "network")
     if not len(table):
         return table
     table = table[table["failed"].isna()]
-    whole = table.groupby(["arm", "percent", "seed"])["key"].transform("size") == table["networks"]
+    whole = table.groupby(["arm", "percent", "seed"])["key"].transform("size") == table["pieces"]
     table = table[whole]
     table = table.assign(points=table["points"] * table["part"], seconds=table["seconds"] * table["part"])
     return table.assign(stored_points=table["points"] / table["decoded"], flops=table["points"] * table["image_flops"])
@@ -71,7 +71,7 @@ def ledger(store: Store, searched: Rows, sets: Rows = ()) -> pd.DataFrame:
     if not len(table):
         return pd.DataFrame(columns=COLUMNS)
     amounts = {name: (name, "sum") for name in ("points", "stored_points", "flops", "seconds")}
-    found = table.groupby(keys, sort=False).agg(networks=("key", "size"), keys=("key", list), **amounts)
+    found = table.groupby(keys, sort=False).agg(networks=("networks", "first"), keys=("key", list), **amounts)
     needed = [(tuple(place[name] for name in keys), place, key) for place, key in sets]
     made = costs(store, [(place, key) for _, place, key in needed])
     made = made[made["failed"].isna()]

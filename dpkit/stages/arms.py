@@ -17,6 +17,8 @@ from dpkit.prune import SCOPES
 CONTROLS = {"reinit": "surviving weights drawn anew (Frankle and Carbin 2019, arXiv 1803.03635)",
             "shuffled": "survivors placed anew at random in each layer, as many as there were (Frankle et al. 2021, 2009.08576)",
             "signs": "surviving weights drawn anew, with their signs kept (Zhou et al. 2019, arXiv 1905.01067)"}
+#: scores at initialisation, which train no network but compute something
+SCORES = ("snip", "grasp", "synflow")
 #: scopes that a name may end in: what rewinding resets, where it is not the study's ``scope``
 SUFFIXES = tuple(scope for scope in SCOPES if scope != "all")
 

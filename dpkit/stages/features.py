@@ -192,13 +192,22 @@ def _published(spec: Mapping[str, Any], parents: Specs) -> Features:
     return Features("choose", {"unit": 1, "gflop": 0.0})
 
 
+def score_work(score: str, shown: int) -> tuple[int, float]:
+    """Images that a score at initialisation takes, and forward passes that each costs; ``shown`` real images are given.
+
+    SNIP takes one gradient. GraSP takes another one, differentiates it again, and sees the images for both. SynFlow takes a
+    gradient on an image of ones a hundred times.
+    """
+    return {"snip": (shown, float(BACKWARD)), "grasp": (2 * shown, (BACKWARD + TWICE) / 2),
+            "synflow": (100, float(BACKWARD))}[score]
+
+
 def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
     net, score, data = sizes(model_of(spec)), spec.get("score", ""), spec.get("data", {})
     shown = spec["per_class"] * data["classes"] if data else 0
-    # a gradient, and for GraSP two derivatives of one; SynFlow takes a gradient on one image a hundred times
-    passes = {"snip": BACKWARD * shown, "grasp": (BACKWARD + TWICE) * shown, "synflow": 100 * BACKWARD}.get(score, 0)
+    points, passes = score_work(score, shown) if score else (0, 0.0)
     return Features("ticket", {"unit": 1, "mweight": net.parameters / 1e6 * (100 if score == "synflow" else 1),
-                               "gflop": passes * net.flops / 1e9})
+                               "gflop": points * passes * net.flops / 1e9})
 
 
 def _masks(spec: Mapping[str, Any], parents: Specs) -> Features:

@@ -14,8 +14,9 @@ from dpkit.connectivity import PathSpec
 from dpkit.hessian import HessianSpec
 from dpkit.landscape import PlaneSpec
 from dpkit.models import forward_work
+from dpkit.stages.arms import SCORES
 from dpkit.stages.blocks import Blocks
-from dpkit.stages.features import BACKWARD
+from dpkit.stages.features import BACKWARD, score_work
 from dpkit.stages.unit import Unit
 
 #: the chapters that compute, and the frames that each one makes
@@ -194,25 +195,33 @@ class Plan(Blocks):
         return rows
 
     def searches(self) -> list[Entry]:
-        """Every network that a mask search trains, with its tickets' arm: the cost ledger.
+        """What each mask search is made of: the networks that it trains, or the ticket of a score at initialisation.
 
-        Places say how many networks the whole search has (``networks``), which ``part`` of each one's training it needs, how
-        many decoded images stand for a stored one, and the floating-point operations of a training step on one image, pruned
-        weights counted (the machine multiplies by them). Scores at initialisation train nothing and have no rows.
+        Places say how many ``pieces`` the whole search has and how many ``networks`` are among them, which ``part`` of each
+        one's training it needs, how many decoded images stand for a stored one, and the floating-point operations that one image
+        takes, pruned weights counted (the machine multiplies by them); of a score also its ``points``, the images that it
+        takes. A random mask costs nothing and has no row.
         """
-        last, flops = max(self.study.at_rounds), BACKWARD * forward_work(self.study.model(self.identity)).flops
+        last, forward = max(self.study.at_rounds), forward_work(self.study.model(self.identity)).flops
         rows = []
         for arm in self.study.arms:
+            found = self.study.arm(arm)
             for init in range(self.study.seeds):
+                if found.score in SCORES:
+                    points, passes = score_work(found.score, self.study.score_per_class * self.identity["classes"])
+                    place = self._place(arm, last, init, search_round=0, pieces=1, networks=0, part=1.0, decoded=1,
+                                        image_flops=passes * forward, points=points)
+                    rows.append(Entry(place, self.ticket(found.of or arm, init, last)))
                 units = [(unit, 1.0) for unit in self.searches_of(arm, init, last)]
-                if self.study.arm(arm).pretrained:
+                if found.pretrained:
                     whole = self.study.train.steps(self.identity["train"])
                     units.append((self.dense(init, "search"), self.rewind_step / whole))
                 for number, (unit, part) in enumerate(units):
                     images = unit.parents.get("images")
                     decoded = images.spec["distill"].get("factor", 1) ** 2 if images else 1
-                    rows.append(Entry(self._place(arm, last, init, search_round=number, networks=len(units), part=part,
-                                                  decoded=decoded, image_flops=flops), unit))
+                    place = self._place(arm, last, init, search_round=number, pieces=len(units), networks=len(units), part=part,
+                                        decoded=decoded, image_flops=BACKWARD * forward)
+                    rows.append(Entry(place, unit))
         return rows
 
     def search_sets(self) -> list[Entry]:
