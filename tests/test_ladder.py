@@ -17,12 +17,12 @@ LOOP = BASE | {"cores", "data", "models", "training"}
 METHODS = ("distill", "prune", "connectivity", "alignment", "landscape", "hessian", "robustness")
 #: what each room may import; everything that is not named here stands above and is imported by none of them
 LADDER = {
-    "spec": set(), "statistics": set(), "cores": set(), "files": set(), "tree": {"spec"}, "store": BASE,
+    "spec": set(), "barriers": set(), "statistics": set(), "cores": set(), "files": set(), "tree": {"spec"}, "store": BASE,
     "data": BASE, "models": BASE,
     "training": BASE | {"cores", "data", "models"},
-    **dict.fromkeys(METHODS, LOOP | {"statistics", "files"}),
+    **dict.fromkeys(METHODS, LOOP | {"barriers", "statistics", "files"}),
     "stages": LOOP | {*METHODS, "store", "statistics"},
-    "report": BASE | {"store", "statistics"},
+    "report": BASE | {"barriers", "store", "statistics"},
 }
 
 

@@ -65,7 +65,7 @@ def test_survivors_follow_the_recurrence(total, fraction, rounds):
     assert counts[0] == total
     for before, after in itertools.pairwise(counts):
         assert 0 <= after <= before
-        assert abs(after - (1 - fraction) * before) <= 0.5
+        assert abs(after - (1 - fraction) * before) <= 0.5 + 1e-9  # 1 - 0.9 is not 0.1 to the last bit
 
 
 @settings(max_examples=25, deadline=None)

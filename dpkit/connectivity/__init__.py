@@ -4,7 +4,7 @@ Frankle, Dziugaite, Roy & Carbin 2020, "Linear Mode Connectivity and the Lottery
 1912.05671), section 2: two children of one start are linearly connected when the error does not rise between
 them.
 """
-from dpkit.connectivity.barriers import barrier, barrier_linear, excess, is_stable, possible_rise
+from dpkit.barriers import barrier, barrier_linear, excess, is_stable, possible_rise
 from dpkit.connectivity.checks import check_masks, check_networks, check_starts
 from dpkit.connectivity.distances import Churn, Distances, churn, disagreement, distances, predict
 from dpkit.connectivity.line import STATISTICS, PathSpec, all_pairs, path

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpkit.connectivity.barriers import barrier, barrier_linear, excess, possible_rise
+from dpkit.barriers import barrier, barrier_linear, excess, possible_rise
 from dpkit.tree import Params, lerp
 
 
