@@ -25,6 +25,19 @@ def barrier_linear(alphas: Tensor, values: Tensor) -> float:
     return float(excess(alphas, values).max())
 
 
+def barrier_over(values: Tensor, ends: Tensor) -> float:
+    """Highest value of a curve minus the mean of two networks that need not lie at its ends, as where one layer of one of them is
+    moved towards the other (Adilova et al. 2023, arXiv 2307.06966).
+
+    values: (T,), at least 2.  ends: (2,), values of both networks. Negative where the curve stays below their mean. Raises
+    ``ValueError`` as :func:`barrier` does, and unless there are two ends.
+    """
+    ends = checked(ends)
+    if len(ends) != 2:
+        raise ValueError(f"a barrier lies between 2 networks, got values of {len(ends)}; pass those of both")
+    return float(checked(values).max() - ends.mean())
+
+
 def is_stable(error_barrier: float, threshold: float = 0.02) -> bool:
     """Whether an error barrier (fraction) lies below ``threshold``; two points is Frankle et al.'s rule."""
     return error_barrier < threshold

@@ -130,6 +130,18 @@ def test_reference_path_is_our_path():
     assert torch.equal(losses, ours.losses)
 
 
+def test_passes_are_what_a_path_costs_at_least(monkeypatch):
+    model = {"arch": "resnet10", "width": 4, "image_size": 16}
+    seen, forward = [], models.features
+    monkeypatch.setattr(models, "features", lambda *given: seen.append(len(given[3])) or forward(*given))
+    found = jobs.passes(model, points=3, images=70)()
+    assert sum(seen) == 3 * 70
+    seen.clear()
+    line = jobs.path(model, points=3, images=70)()
+    assert sum(seen) == 3 * 70
+    assert found == [(float(line.errors[0]), float(line.losses[0]))] * 3  # the first network, three times
+
+
 def test_reference_matching_goes_our_way():
     """One class without augmentation: the reference's step is along our gradient of the same distance."""
     model = ModelSpec(width=4, image_size=16)

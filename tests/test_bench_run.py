@@ -18,7 +18,8 @@ from dpkit import bench, cores
 from dpkit.bench import ceilings, checkout, floor, harness, rows, runner
 from dpkit.bench.harness import Failed, Job, Team
 from dpkit.cli import app
-from dpkit.models import Work
+from dpkit.models import ModelSpec, Work
+from dpkit.training.evaluation import pays
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = "test_bench_run:"
@@ -186,6 +187,25 @@ def test_unknown_rows_and_missing_gpus_are_said(monkeypatch):
     assert not any(row.why for row in rows.accelerator_rows(long=True))
     ids = bench.names(long=True)
     assert len(ids) == len(set(ids))
+
+
+def test_a_share_of_a_path_is_timed_as_the_whole_would_be():
+    found = {row.id: row for row in rows.processor_rows(long=True)}
+    for name in ("path", "path-fp32"):  # 6,000 images pay for compiling and 800 do not
+        model = ModelSpec(**found[name].ours.arguments["model"])
+        assert pays(model, 11 * 6000)
+        assert not pays(model, 11 * 800)
+        assert found[name].ours.arguments["compiled"] is True
+    for quick in (True, False):
+        row = next(row for row in rows.processor_rows(quick) if row.id == "path-passes")
+        assert row.target == pytest.approx(0.91, abs=0.005)
+        assert row.ours.arguments == row.peer.arguments == {"model": rows.NETWORKS[rows.SMALL], "points": 25,
+                                                            "images": 1000 if quick else 6000}
+        assert row.ours.work == row.peer.work == 25 * row.ours.arguments["images"]
+        assert not row.ours.everywhere
+        assert row.ours.threads == row.peer.threads == 1
+    targets = {row.id: row.target for row in rows.processor_rows(quick=True)}
+    assert [name for name, target in targets.items() if target is not None] == ["path-passes"]
 
 
 def test_a_folder_without_scripts_is_refused(tmp_path):

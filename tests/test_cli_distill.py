@@ -192,7 +192,7 @@ def test_a_published_set_is_evaluated_and_listed(run, here):
     assert re.search(r"accuracy  .* \(n = 2\) on convnet3-3, distill.again.accuracy", out)
     out = run("list", published="again=again/d.pt@1", sets="again,dm_soft")
     rows = {line.split()[0]: line for line in out.splitlines()[1:-1]}
-    assert set(rows) == {*stages.study.SETS, "again", "dm_soft"}
+    assert set(rows) == {*stages.making.SETS, "again", "dm_soft"}
     assert "1 of 1" in rows["again"]
     assert "(n = 2)" in rows["again"]
     assert "1 of 1" in rows["dm"]

@@ -115,9 +115,9 @@ def test_25_points_take_hardly_longer_than_25_forward_passes():
     a, b, (images, labels) = network(model), network(model, 1), examples(model, 6000)
 
     def seconds(task):
-        start = time.perf_counter()
+        start = time.process_time()  # of this process alone: others on the machine do not count
         task()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     @torch.no_grad()
     def passes():
@@ -126,8 +126,8 @@ def test_25_points_take_hardly_longer_than_25_forward_passes():
                 models.forward(model, *a, x)
 
     passes()
-    ratios = [seconds(lambda: path(PathSpec(points=25), model, a, b, images, labels)) / seconds(passes) for _ in range(3)]
-    assert min(ratios) < 1.1
+    ratios = [seconds(lambda: path(PathSpec(points=25), model, a, b, images, labels)) / seconds(passes) for _ in range(5)]
+    assert sorted(ratios)[2] < 1.1
 
 
 def test_new_fields_leave_old_keys_alone():

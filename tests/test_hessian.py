@@ -279,7 +279,7 @@ def test_operator_refuses(change, line):
 def test_operator_refuses_data_whose_passes_differ(monkeypatch):
     forward, noise = models.forward, generator("noise")
 
-    def augmented(spec, params, buffers, x):
+    def augmented(spec, params, buffers, x, train=False):
         return forward(spec, params, buffers, x + 0.01 * torch.randn(x.shape, generator=noise))
 
     monkeypatch.setattr(operator.models, "forward", augmented)

@@ -144,11 +144,39 @@ def test_a_compiler_that_fails_is_left_alone(interpreted, monkeypatch, broken, r
     assert torch.equal(op.matmat(vectors(op)), found)
 
 
+def conditioning(spec: ModelSpec, given, dtype: torch.dtype, draws=30) -> float:
+    """How far float64 products move, relatively and at most, when every weight and pixel is moved by up to half a unit in its
+    last place of ``dtype``: rounding the inputs alone does that, so no computation in ``dtype`` can be expected to be closer."""
+    generator, unit = tree.generator_for("half a unit"), torch.finfo(dtype).eps / 2
+
+    def moved(t: Tensor) -> Tensor:
+        return t * (1 + unit * (2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1))
+
+    params, buffers, images, labels, mask = given
+    exact = Operator(spec, *given).matmat(vectors(Operator(spec, *given)))
+    found = []
+    for _ in range(draws):
+        op = Operator(spec, {n: moved(t) for n, t in params.items()}, buffers, moved(images), labels, mask)
+        found.append(float((op.matmat(vectors(op)) - exact).norm() / exact.norm()))
+    return max(found)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["single", "double"])
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_for_real(name, dtype, tolerance):
-    agree(MODELS[name], problem(MODELS[name], 0.4), tolerance, chunk=5, dtype=dtype, threads=2)
+def test_compiled_for_real(name):
+    """In float64 to 1e-12. In float32 as close to float64 as rounding of the inputs allows, up to ten times for the rounding of
+    what is done with them. Of the ResNet with instance norm the last maps have 2 x 2 pixels, for one image nearly equal: there
+    half a unit in the last place of the inputs is 1e-4 of the product, compiled or not, and 1e-6 or less for the others."""
+    spec, given = MODELS[name], problem(MODELS[name], 0.4)
+    agree(spec, given, 1e-12, chunk=5, dtype=torch.float64, threads=2)
+    bound = 10 * conditioning(spec, given, torch.float32)
+    exact = Operator(spec, *given).matmat(vectors(Operator(spec, *given)))
+    for compiled in (False, True):
+        op = Operator(spec, *given, dtype=torch.float32, compile=compiled, chunk=5, threads=2)
+        error = float((op.matmat(vectors(op)).double() - exact).norm() / exact.norm())
+        print(f"{name}, compiled {compiled}: error {error:.1e}, bound {bound:.1e}")
+        assert error <= bound
+        assert (op._compiled is not None) == compiled
 
 
 def test_compiled_for_real_once():

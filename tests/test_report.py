@@ -172,7 +172,7 @@ def test_histories_start_at_one_and_are_averaged_over_parts(store):
 
 
 def test_every_set_belongs_to_one_group():
-    from dpkit.stages.study import SETS
+    from dpkit.stages.making import SETS
     assert sorted(name for names in report.GROUPS.values() for name in names) == sorted([*SETS, "all_data"])
     assert (report.group("idc_soft"), report.group("el2n"), report.group("theirs")) == ("learned", "chosen", "published")
 
@@ -329,7 +329,7 @@ def test_claims_that_lack_something_are_refused(tmp_path, text):
 
 def test_every_arm_and_set_has_a_name_for_people():
     from dpkit.stages import ARMS
-    from dpkit.stages.study import SETS
+    from dpkit.stages.making import SETS
     assert {"dense", *ARMS, *SETS} <= set(frames.TITLES)
     assert numbers.suffix(0) == ""
     assert numbers.suffix(67) == "@67"

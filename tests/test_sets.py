@@ -13,8 +13,8 @@ from dpkit.distill import METHODS, export, published
 from dpkit.models import ModelSpec
 from dpkit.stages import FRAMES, closure, compute, footprint, run
 from dpkit.stages.make import initial
+from dpkit.stages.making import SETS
 from dpkit.stages.sets import network_of, read_set, trajectories
-from dpkit.stages.study import SETS
 from dpkit.stages.unit import Context
 from dpkit.store import Store
 

@@ -8,8 +8,8 @@ from small_study import plan
 from dpkit import alignment, connectivity, tree
 from dpkit.models import ModelSpec
 from dpkit.stages import Context, closure, compute
+from dpkit.stages.connect import measure_alignment
 from dpkit.stages.make import network_of
-from dpkit.stages.measure import measure_alignment
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,7 @@ def path(model: dict, points: int, images: int, precision: str = "fp32", compile
          device: str = "cpu") -> Task:
     """Error and loss at ``points`` between two networks on ``images`` images, statistics interpolated.
 
-    compiled: as a path long enough to pay for it would be (True), or not; None: as this path is.
+    compiled: as a path on enough images to pay for it would be (True), or not; None: as this path is, with all its checks.
     """
     spec = ModelSpec(**model)
     recipe = connectivity.PathSpec(points=points, statistics="interpolate", precision=precision)
@@ -132,6 +132,14 @@ def path(model: dict, points: int, images: int, precision: str = "fp32", compile
         return tuple(tree.lerp(one, other, i / (points - 1)) for one, other in zip(a, b, strict=True))
 
     return lambda: evaluate_many(spec, points, between, x, y, precision=precision, compiled=compiled)
+
+
+def passes(model: dict, points: int, images: int, device: str = "cpu") -> Task:
+    """``points`` evaluations of one network on the same images as :func:`path`, and nothing else: what a path costs at least."""
+    spec = ModelSpec(**model)
+    x, y = (t.to(device) for t in floats(spec, images))
+    params, buffers = (tree.to(part, device) for part in start(spec))
+    return lambda: [training.evaluate(spec, params, buffers, x, y) for _ in range(points)]
 
 
 def path_reference(model: dict, points: int, images: int, device: str = "cpu") -> Task:

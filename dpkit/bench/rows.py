@@ -96,14 +96,28 @@ def matching_row(name: str, quick: bool, pairs: int = PAIRS) -> Row:
 
 
 def path_row(id: str, name: str, points: int, images: int, precision: str, quick: bool, pairs: int) -> Row:
-    """A path of 25 points. Work is linear in the images, so a share of the 6,000 is timed."""
+    """A path of 25 points. Work is linear in the images, so a share of the 6,000 is timed, compiled as all of them would be."""
     model = NETWORKS[name]
     same = {"model": model, "points": points, "images": images}
+    ours = {**same, "precision": precision} | ({} if quick else {"compiled": True})
     title = f"path of {points} points, {name}, {precision}" + ("" if quick else f" ({images:,} of 6,000 images timed)")
     return Row(id, title, "images/s", PAPER, 3.0,
-               Job(JOBS + "path", points * images, {**same, "precision": precision}, True, 1, True, warm=1),
+               Job(JOBS + "path", points * images, ours, True, 1, True, warm=1),
                Job(JOBS + "path_reference", points * images, same, warm=0), {}, pairs,
                counts.work(counts.FORWARD, ModelSpec(**model), 1, bytes_of(precision)), precision)
+
+
+def passes_row(id: str, name: str, points: int, images: int, pairs: int) -> Row:
+    """A path against as many plain evaluations of one network: what interpolating, checking and collecting cost.
+
+    Both sides are the same forward passes, not compiled, in fp32, each in one process with one thread. Statistics of BatchNorm
+    are interpolated: measuring them anew is more passes over other images, which this row does not count. 1 / 1.1: at most 10%
+    on top.
+    """
+    same = {"model": NETWORKS[name], "points": points, "images": images}
+    ours, peer = (Job(JOBS + function, points * images, same, threads=1, keep=True) for function in ("path", "passes"))
+    return Row(id, f"path of {points} points, {name}, {images:,} images, against the same number of forward passes", "images/s",
+               f"{points} evaluations of one network, our own", 1 / 1.1, ours, peer, {}, pairs)
 
 
 def product_row(id: str, name: str, model: Mapping[str, Any], peer: tuple[str, str], others: Mapping[str, dict[str, Any]],
@@ -133,7 +147,8 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
                  matching_row(SMALL, True, 2), path_row("path", SMALL, 25, 100, "fp32", True, 2),
                  product_row("product", SMALL, model, PYHESSIAN, {CONTROL: {"keep": True}}, 2, True, 2),
                  spectra_row(4, 20, True, 1)]
-        return [replace(row, target=None) for row in small]  # the targets are for other networks
+        small = [replace(row, target=None) for row in small]  # the targets are for other networks
+        return [*small, passes_row("path-passes", SMALL, 25, 1000, 2)]  # but for this one, which holds on any
     middle, resnet = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"]
     return [
         training_row("train-convnet3", "ConvNet-3-128", 960, 1920, False),
@@ -142,6 +157,8 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         together_row("ConvNet-3-32", 1280, False),
         matching_row("ConvNet-3-128", False),
         path_row("path", "ConvNet-3-128", 25, 800, "bf16", False, 3),
+        passes_row("path-passes", SMALL, 25, 6000, PAIRS),
+        *([passes_row("path-passes-resnet10", "ResNet-10-32", 25, 200, 3)] if long else []),
         *([path_row("path-fp32", "ConvNet-3-128", 25, 800, "fp32", False, 3)] if long else []),
         product_row("product", "ConvNet-3-64", middle, ("PyHessian, one batch", PYHESSIAN[1]),
                     {CONTROL: {"keep": True}, "loader of 100": {"batch": 100}}, 3, False),

@@ -111,7 +111,7 @@ def show(profile: Profile = "quick", set: Settings = None) -> None:
     """The sets that can be made, what each needs, and which of them are in this store."""
     from dpkit import report, stages
     from dpkit.progress import duration
-    from dpkit.stages.study import SETS, SOFT
+    from dpkit.stages.making import SETS, SOFT
 
     settings = settings_of(set)
     study = stages.load_study(profile, settings)
@@ -151,7 +151,7 @@ def _command(verb: str, words: Iterable[str], profile: str, set: list[str] | Non
 def _planned(word: str, profile: str, set: list[str] | None):
     """The name in NAME or NAME=FILE, and the plan of a study of that one set."""
     from dpkit import stages
-    from dpkit.stages.study import SETS, SOFT
+    from dpkit.stages.making import SETS, SOFT
 
     name, equals, place = word.partition("=")
     base, settings = name.removesuffix(SOFT), settings_of(set)
@@ -226,7 +226,7 @@ def _missing(left: Mapping[str, Any], keys: list[str], name: str) -> str:
 def _shown(store, unit) -> None:
     """The facts of a set; raises ``RuntimeError`` where it has no result."""
     from dpkit.progress import duration, size
-    from dpkit.stages.study import PREFIXES
+    from dpkit.stages.making import PREFIXES
 
     artifact = store.get(unit.key)
     if artifact.failed:

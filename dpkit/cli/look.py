@@ -153,7 +153,7 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
 def arms() -> None:
     """The arms that a study can have: how each one finds its mask, and the suffixes that go with all of them."""
     from dpkit import stages
-    from dpkit.stages.study import SETS
+    from dpkit.stages.making import SETS
 
     width = max(map(len, stages.ARMS)) + 2
     for name, arm in stages.ARMS.items():

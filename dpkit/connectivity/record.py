@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dpkit.barriers import barrier, barrier_linear, excess, possible_rise
+from dpkit.barriers import barrier, barrier_linear, excess, is_stable, possible_rise
 from dpkit.tree import Params, lerp
 
 
@@ -41,6 +41,11 @@ class Path:
     def loss_barrier_linear(self) -> float:
         """:func:`barrier_linear` of the losses, nats."""
         return barrier_linear(self.alphas, self.losses)
+
+    @property
+    def stable(self) -> bool:
+        """:func:`is_stable` of the error barrier: under two points, the rule of Frankle et al."""
+        return is_stable(self.error_barrier)
 
     @property
     def error_gap(self) -> float:

@@ -19,14 +19,33 @@ entries included, from one seed. Each of these choices bends the comparison betw
 - One seed has no error bar. Probe noise is reported here; noise between networks and between seeds is for the
   caller to measure.
 """
+from dpkit.hessian.block_lanczos import block_eigenpairs
+from dpkit.hessian.checks import subset
+from dpkit.hessian.deflate import Deflated, deflated_trace_and_diagonal, hutch_plus_plus
 from dpkit.hessian.density import Curve, Density, spectral_density
 from dpkit.hessian.diagonal import Diagonal, diagonal, exact_diagonal, trace_and_diagonal
+from dpkit.hessian.eigenspaces import Overlap, eigenspace_overlap, space_overlap
+from dpkit.hessian.entries import Entries, entries
 from dpkit.hessian.estimate import Estimate, LinearOperator
 from dpkit.hessian.lanczos import Eigenpairs, top_eigenpairs, top_eigenvalue
-from dpkit.hessian.operator import Operator, subset
+from dpkit.hessian.last_layer import last_layer_diagonal
+from dpkit.hessian.matrices import MATRICES
+from dpkit.hessian.norms import Moments, moments
+from dpkit.hessian.objective import NetworkLoss, fixed_loss
+from dpkit.hessian.operator import Operator
+from dpkit.hessian.sharpness import Sharpness, SharpnessSpec, average_sharpness, edge_ratio, fisher_rao, measure, sharpness
+from dpkit.hessian.sparse import Answers, SparseSpec, answers, removal, removed_curvature
 from dpkit.hessian.spec import HessianSpec
+from dpkit.hessian.stopping import Targeted, to_error
+from dpkit.hessian.summaries import EffectiveRank, NegativeMass, effective_dimension, effective_rank, negative_mass
 from dpkit.hessian.trace import trace
+from dpkit.hessian.xtrace import xtrace
 
-__all__ = ["Curve", "Density", "Diagonal", "Eigenpairs", "Estimate", "HessianSpec", "LinearOperator", "Operator",
-           "diagonal", "exact_diagonal", "spectral_density", "subset", "top_eigenpairs", "top_eigenvalue", "trace",
-           "trace_and_diagonal"]
+__all__ = ["MATRICES", "Answers", "Curve", "Deflated", "Density", "Diagonal", "EffectiveRank", "Eigenpairs", "Entries",
+           "Estimate", "HessianSpec", "LinearOperator", "Moments", "NegativeMass", "NetworkLoss", "Operator", "Overlap",
+           "Sharpness", "SharpnessSpec", "SparseSpec", "Targeted", "answers", "average_sharpness", "block_eigenpairs",
+           "deflated_trace_and_diagonal", "diagonal", "edge_ratio", "effective_dimension", "effective_rank",
+           "eigenspace_overlap", "entries", "exact_diagonal", "fisher_rao", "fixed_loss", "hutch_plus_plus",
+           "last_layer_diagonal", "measure", "moments", "negative_mass", "removal", "removed_curvature", "sharpness",
+           "space_overlap", "spectral_density", "subset", "to_error", "top_eigenpairs", "top_eigenvalue", "trace",
+           "trace_and_diagonal", "xtrace"]

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpkit.hessian.deflate import Deflated
 from dpkit.hessian.estimate import Estimate, LinearOperator
-from dpkit.hessian.lanczos import tridiagonalise
+from dpkit.hessian.lanczos import Eigenpairs, tridiagonalise
 from dpkit.hessian.trace import mean_estimate
 
 POINTS = 512
@@ -34,12 +35,15 @@ class Density:
               :func:`spectral_density`) is filled up with nodes of weight 0
     products  matrix-vector products spent
     size      entries n of the operator; n times a weight counts eigenvalues
+    known     how many of the last columns are not sampled: eigenvalues that :func:`spectral_density` was given, the same in every
+              row, with the weight 1 / n each. The columns before them are the rules, ascending
     """
 
     nodes: Tensor
     weights: Tensor
     products: int
     size: int
+    known: int = 0
 
     def moment(self, order: int) -> Estimate:
         """The mean of the eigenvalues' ``order``-th power, tr(H^k) / n, with its standard error over the directions.
@@ -55,10 +59,29 @@ class Density:
     def above(self, threshold: float) -> Estimate:
         """The share of eigenvalues above ``threshold``, with its standard error over the directions.
 
-        A node stands for its neighbourhood: the share is known to about one node's weight near the threshold.
+        A node stands for its neighbourhood: the share is known to about one node's weight near the threshold (to what,
+        :meth:`below` says).
         """
         samples = (self.weights * (self.nodes > threshold)).sum(1)
         return Estimate(float(samples.mean()), mean_estimate(samples).standard_error, self.products, len(samples))
+
+    def below(self, threshold: float) -> tuple[Estimate, Estimate]:
+        """Bounds of the share of eigenvalues at or below ``threshold``: (lowest, highest), each with its standard error.
+
+        What m nodes can say: of all measures with the moments that a rule matches, the share below a node lies between the
+        weights before it and those up to it (the inequalities of Chebyshev, Markov and Stieltjes; Szego 1939, Orthogonal
+        polynomials, section 3.41). Between two nodes it is thus known to the weights of both. More steps narrow the bounds; more
+        probes only their errors. Spectra with many eigenvalues at the threshold itself leave them wide, since no polynomial
+        tells 0 from just below 0.
+        """
+        rules = self.nodes.shape[1] - self.known
+        nodes, weights = self.nodes[:, :rules], self.weights[:, :rules]
+        at = torch.where(nodes <= threshold, nodes, -math.inf).amax(1, keepdim=True)
+        after = torch.where(nodes > threshold, nodes, math.inf).amin(1, keepdim=True)
+        fixed = float((self.weights[0, rules:] * (self.nodes[0, rules:] <= threshold)).sum())
+        bounds = (weights * (nodes < at)).sum(1), (weights * (nodes <= after)).sum(1)
+        return tuple(Estimate(fixed + float(samples.mean()), mean_estimate(samples).standard_error, self.products, len(samples))
+                     for samples in bounds)
 
     def curve(self, grid: Tensor | int = POINTS, width: float | None = None) -> Curve:
         """The density with each eigenvalue broadened to a normal density of deviation ``width``.
@@ -91,7 +114,8 @@ class Density:
         return Curve(grid, samples.mean(0), samples.std(0) / math.sqrt(len(samples)), width)
 
 
-def spectral_density(op: LinearOperator, probes: int, steps: int, generator: torch.Generator) -> Density:
+def spectral_density(op: LinearOperator, probes: int, steps: int, generator: torch.Generator,
+                     pairs: Eigenpairs | None = None) -> Density:
     """The spectrum's density from ``probes`` random directions of ``steps`` Lanczos products each.
 
     Stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature;
@@ -103,24 +127,64 @@ def spectral_density(op: LinearOperator, probes: int, steps: int, generator: tor
     The basis is kept orthogonal throughout. The recurrence alone returns converged eigenvalues many times over, with their
     weight split among the copies: sums over nodes survive that, but outliers then take the steps that the bulk needs.
 
-    op symmetric (n, n); probes at least 2; steps from 1 to n, and as many vectors of length n in memory; CPU generator. Fewer
-    products are spent where a space closes early. Raises ``ValueError`` outside these ranges.
+    A direction has a random share of each eigenvector, with a relative deviation of about sqrt(2): an eigenvalue that stands out
+    is counted as 0.1 as well as 3, and high moments, which it makes up, are known to sqrt(2 / probes) only. With ``pairs`` such
+    eigenvalues count as what they are, one each, and directions are drawn in the complement of their vectors. The rules are then
+    those of P H P (:class:`dpkit.hessian.deflate.Deflated`), and traces of powers are off by the squares of the pairs' residuals,
+    which should be small beside the eigenvalues that matter.
+
+    op symmetric (n, n); probes at least 2; steps from 1 to n (with k pairs n - k), and as many vectors of length n in memory; CPU
+    generator; pairs fewer than n, their products count with the density's. Fewer products are spent where a space closes early.
+    Raises ``ValueError`` outside these ranges.
     """
+    if pairs is not None:
+        return _around(op, probes, steps, generator, pairs)
     if probes < 2:
         raise ValueError(f"probes must be >= 2 to give an error bar, got {probes}")
     if not 1 <= steps <= op.size:
         raise ValueError(f"steps must lie in [1, {op.size}] (the dimension), got {steps}")
+    nodes, weights, products = _rules(op, probes, steps, generator, None)
+    return Density(nodes, weights, products, op.size)
+
+
+def _around(op: LinearOperator, probes: int, steps: int, generator: torch.Generator, pairs: Eigenpairs) -> Density:
+    """The density with eigenvalues that are known, each of weight 1 / n, beside rules for the rest."""
+    if len(pairs.vectors) != op.size or pairs.vectors.shape[1] >= op.size:
+        raise ValueError(f"pairs must be fewer than {op.size} (the dimension) vectors of that length, "
+                         f"got {tuple(pairs.vectors.shape)}")
+    known = pairs.vectors.shape[1]
+    if probes < 2:
+        raise ValueError(f"probes must be >= 2 to give an error bar, got {probes}")
+    if not 1 <= steps <= op.size - known:
+        raise ValueError(f"steps must lie in [1, {op.size - known}] (the dimension without {known} pairs), got {steps}")
+    rest = Deflated(op, pairs.vectors)
+    nodes, weights, products = _rules(rest, probes, steps, generator, rest)
+    # On Q's columns H is known by Q'HQ; its eigenvalues are the pairs' own where these are orthonormal.
+    inner = (rest.basis.T @ rest.image).double().cpu()
+    values = torch.linalg.eigvalsh((inner + inner.T) / 2)
+    return Density(torch.cat([nodes, values.expand(probes, known)], 1),
+                   torch.cat([weights * (1 - known / op.size), torch.full((probes, known), 1 / op.size, dtype=torch.float64)], 1),
+                   products + rest.products + pairs.products, op.size, known)
+
+
+def _rules(op: LinearOperator, probes: int, steps: int, generator: torch.Generator,
+           within: Deflated | None) -> tuple[Tensor, Tensor, int]:
+    """Nodes and weights (probes, steps) of a rule a direction, drawn within the complement of a basis, and their products."""
     nodes, weights = torch.zeros(2, probes, steps, dtype=torch.float64)
     products = 0
     for probe in range(probes):
-        alphas, betas, _ = tridiagonalise(op, steps, generator)
+        start = None
+        if within is not None:
+            start = torch.randn(op.size, 1, generator=generator, dtype=torch.float64).to(within.basis)
+            start = within.project(within.project(start))[:, 0]
+        alphas, betas, _ = tridiagonalise(op, steps, generator, start)
         off, found = betas[:-1], len(alphas)
         values, vectors = torch.linalg.eigh(torch.diag(alphas) + torch.diag(off, 1) + torch.diag(off, -1))
         nodes[probe] = values[-1]
         nodes[probe, :found] = values
         weights[probe, :found] = vectors[0].square()
         products += found
-    return Density(nodes, weights / weights.sum(1, keepdim=True), products, op.size)
+    return nodes, weights / weights.sum(1, keepdim=True), products
 
 
 def _broadened(grid: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:

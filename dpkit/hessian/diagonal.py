@@ -56,19 +56,41 @@ def trace_and_diagonal(op: LinearOperator, probes: int,
     return mean_estimate(torch.cat(quadratic)), Diagonal(mean.cpu(), errors.cpu(), count)
 
 
-def exact_diagonal(op: LinearOperator, *, limit: int = 5000, block: int = 64) -> Diagonal:
+def exact_diagonal(op: LinearOperator, *, limit: int = 5000, block: int = 64, entries: Tensor | None = None,
+                   memory: int | None = None) -> Diagonal:
     """The diagonal by one product an entry, ``block`` of them at a time; standard errors are 0.
 
-    This is the published protocol's estimator (it spends one double backward a parameter). Raises
-    ``ValueError`` when the operator has more than ``limit`` entries.
+    This is the published protocol's estimator (it spends one double backward a parameter).
+
+    op       symmetric operator (n, n)
+    limit    most entries that are taken this way
+    block    products taken together, at least 1
+    entries  (m,) places in [0, n) wanted, in this order; None: all. A random sample of them gives the mean of the diagonal,
+             and a layer's share of it, where all of it is too much
+    memory   bytes that the vectors of a block and their products may take; narrower blocks follow. None: no bound
+
+    Values are (m,) or (n,). Raises ``ValueError`` when there are more entries than ``limit``, when one lies outside the
+    operator, or when ``memory`` does not hold one vector and its product.
     """
-    if op.size > limit:
+    places = torch.arange(op.size) if entries is None else entries.cpu().to(torch.int64)
+    if places.dim() != 1 or len(places) == 0 or int(places.min()) < 0 or int(places.max()) >= op.size:
+        raise ValueError(f"entries must be a vector of places in [0, {op.size}), got {tuple(places.shape)}"
+                         + (f" from {places.min()} to {places.max()}" if places.numel() else ""))
+    if len(places) > limit:
         raise ValueError(f"exact_diagonal takes one product an entry and at most {limit}, "
-                         f"got {op.size} entries; use diagonal or raise limit")
-    values = torch.empty(op.size, dtype=torch.float64)
-    for start in range(0, op.size, block):
-        rows = torch.arange(start, min(start + block, op.size), device=op.device)
+                         f"got {len(places)} entries; use diagonal or raise limit")
+    if block < 1:
+        raise ValueError(f"block must be >= 1, got {block}")
+    if memory is not None:
+        each = 2 * op.size * torch.empty(0, dtype=op.dtype).element_size()
+        if memory < each:
+            raise ValueError(f"memory must hold one vector and its product, {each} bytes, got {memory}")
+        block = min(block, memory // each)
+    values = torch.empty(len(places), dtype=torch.float64)
+    for start in range(0, len(places), block):
+        rows = places[start:start + block].to(op.device)
+        order = torch.arange(len(rows), device=op.device)
         columns = torch.zeros(op.size, len(rows), dtype=op.dtype, device=op.device)
-        columns[rows, rows - start] = 1.0
-        values[start:start + len(rows)] = op.matmat(columns)[rows, rows - start].double().cpu()
-    return Diagonal(values, torch.zeros_like(values), op.size)
+        columns[rows, order] = 1.0
+        values[start:start + len(rows)] = op.matmat(columns)[rows, order].double().cpu()
+    return Diagonal(values, torch.zeros_like(values), len(places))

@@ -38,8 +38,9 @@ def top_eigenpairs(op: LinearOperator, k: int, steps: int, generator: torch.Gene
 
     Ritz pairs of the Krylov space of one random start: theta from the eigenvalues of the tridiagonal matrix
     T, vectors Q s, residual beta_m |s_m| (Golub and Van Loan, Matrix Computations, 4th edition, section
-    10.1). A repeated eigenvalue shows up once, since one start vector has one direction in its eigenspace. If
-    the space closes early, fewer products are spent.
+    10.1). A repeated eigenvalue shows up once, since one start vector has one direction in its eigenspace;
+    :func:`dpkit.hessian.block_lanczos.block_eigenpairs` finds it more often, and the other end of the spectrum
+    too. If the space closes early, fewer products are spent.
 
     1 <= k <= steps <= n. Raises ``ValueError`` otherwise, or when the space closes on fewer than k pairs.
     """
@@ -60,16 +61,19 @@ def top_eigenpairs(op: LinearOperator, k: int, steps: int, generator: torch.Gene
     return Eigenpairs(values, vectors / vectors.norm(dim=0), residuals, len(alphas))
 
 
-def tridiagonalise(op: LinearOperator, steps: int,
-                   generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def tridiagonalise(op: LinearOperator, steps: int, generator: torch.Generator,
+                   start: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """alphas (m,), betas (m,) in float64 on the CPU and the orthonormal basis (n, m), with m <= steps.
+
+    From ``start`` (n,), of any length but 0; None: a normal vector from ``generator``.
 
     betas[-1] couples the basis to the vector that the next step would add; it is 0 when the space has closed.
     Every new vector is made orthogonal to all former ones twice, in the operator's dtype: the three-term
     recurrence alone loses orthogonality as soon as a Ritz value converges and then returns copies of it, and
     two rounds of Gram-Schmidt suffice (Giraud, Langou and Rozloznik 2005).
     """
-    start = torch.randn(op.size, generator=generator, dtype=torch.float64)
+    if start is None:
+        start = torch.randn(op.size, generator=generator, dtype=torch.float64)
     basis = torch.zeros(steps, op.size, dtype=op.dtype, device=op.device)  # rows: each vector contiguous
     basis[0] = (start / start.norm()).to(basis)
     alphas, betas = [], []

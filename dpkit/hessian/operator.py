@@ -1,31 +1,39 @@
-"""The Hessian of a network's loss on its surviving weights, as a linear operator."""
+"""The Hessian of a network's loss on its surviving weights, and its two relatives, as linear operators."""
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpkit import models, tree
+from dpkit.hessian.checks import check_labels, full_precision, subset
+from dpkit.hessian.matrices import MATRICES, Multiply, multiplier
+from dpkit.hessian.memory import Watch, fitting
 from dpkit.hessian.product import CHUNK, MEMORY, CompiledProduct, chunk_size, worthwhile
-from dpkit.hessian.spec import HessianSpec
+from dpkit.hessian.spec import MODES, HessianSpec
+from dpkit.hessian.weights import Weights
 from dpkit.models import ModelSpec
 from dpkit.training.gradient import can_compile
 from dpkit.tree import Buffers, Mask, Params
 
+EAGER = 100
+"""Images a chunk of an uncompiled product."""
 
-class Operator:
+
+class Operator(Weights):
     """H = d2L/dw2 with L the mean cross-entropy over fixed images, w the surviving weights, in eval mode.
 
     A principal submatrix of the full Hessian: rows and columns of pruned entries are left out, not set to 0,
     so neither trace nor diagonal is diluted by weights that the network does not have. Vectors are (n,) with
     n = ``size``: the entries of ``names`` in their order, each tensor row by row, pruned ones skipped
-    (:meth:`flatten`, :meth:`unflatten`).
+    (:meth:`flatten`, :meth:`unflatten`). Other matrices of the same weights and other modes are options.
 
     A product differentiates the inner product of the gradient with the vector, H v = d(g'v)/dw (Pearlmutter
     1994, Fast exact multiplication by the Hessian), in reverse both times: group normalisation has no
@@ -53,52 +61,48 @@ class Operator:
              and products as without it
     products how many products will be asked for, for "auto"
     threads  chunks computed side by side once compiled, on a core each; None: as many as torch computes with
+    matrix   "hessian"; "gauss_newton", which is the Fisher matrix of a softmax with cross-entropy; "empirical_fisher", the
+             second moment of the images' own gradients: :mod:`dpkit.hessian.matrices`
+    mode     "eval"; "train": BatchNorm normalises by the images given, which then are one batch and one chunk, and L is a
+             function of all of them together. Networks without BatchNorm compute the same in both modes
+    include_pruned  rows and columns for pruned entries too, as if the network could move along them
+    memory   bytes that a product may hold at once, beyond network, images, vectors and what a kernel takes for itself; decides
+             ``chunk`` (the one given is then an upper limit) and ``keep`` (must be None). None: no bound
 
-    Attributes: size n; dtype; device; names; loss, the value of L (nats).
+    Attributes: size n; dtype; device; names; chunk; loss, the value of L (nats); matrix; mode; pruned ("left out", "included",
+    or "none", where nothing is); about, all of it as a dictionary that belongs beside every result.
 
     Raises ``ValueError`` for unknown names, masks that do not fit, pruned entries that are not 0, no
     surviving weights, no images, labels that do not fit, a loss that is not finite, or a loss that differs
     between two passes over the images (then H would be another matrix in each product and Lanczos would
-    return nonsense).
+    return nonsense); for batch statistics of less than two images or of a part of them, and where one image needs more than
+    ``memory``.
     """
 
     def __init__(self, model: ModelSpec, params: Params, buffers: Buffers, images: Tensor, labels: Tensor,
                  mask: Mask | None = None, names: Iterable[str] | None = None, chunk: int | None = None,
                  keep: int | None = None, dtype: torch.dtype | None = None, *, compile: bool | str = False,
-                 products: int = 60, threads: int | None = None) -> None:
-        self.model = model
-        self.names = tuple(models.prunable(model) if names is None else names)
-        unknown = [name for name in self.names if name not in params]
-        if unknown or len(set(self.names)) != len(self.names):
-            raise ValueError(f"names must be distinct parameters of {model.arch}, "
-                             f"got {', '.join(unknown or self.names)}")
+                 products: int = 60, threads: int | None = None, matrix: str = "hessian", mode: str = "eval",
+                 include_pruned: bool = False, memory: int | None = None) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be >= 1, got {chunk}")
         if compile not in (True, False, "auto"):
             raise ValueError(f'compile must be True, False or "auto", got {compile!r}')
-        first = next(iter(params.values()))
-        self.dtype, self.device = dtype or first.dtype, first.device
-        if self.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {self.dtype}")
-        self._fixed = tree.to(tree.detach(params), dtype=self.dtype)
+        for word, value, allowed in (("matrix", matrix, MATRICES), ("mode", mode, MODES)):
+            if value not in allowed:
+                raise ValueError(f"{word} must be one of {', '.join(allowed)}; got {value!r}")
+        if memory is not None and keep is not None:
+            raise ValueError(f"keep must be None where memory decides it, got keep {keep} and memory {memory}")
+        super().__init__(model, params, mask, names, dtype, include_pruned)
         self._buffers = tree.to(tree.detach(buffers), dtype=self.dtype)
-        self._weights = {name: self._fixed.pop(name).requires_grad_() for name in self.names}
-        masks = check_mask(mask or {}, {**self._weights, **self._fixed})
-        # Places of the surviving entries in each flattened tensor; None where all survive.
-        self._entries = {name: masks[name].reshape(-1).nonzero().squeeze(1) if name in masks else None
-                         for name in self.names}
-        self._counts = [w.numel() if entries is None else len(entries)
-                        for w, entries in zip(self._weights.values(), self._entries.values(), strict=True)]
-        self.size = sum(self._counts)
-        if self.size == 0:
-            raise ValueError("the Hessian needs surviving weights, got a mask that prunes all of them")
         check_labels(images, labels, model.classes)
         self._images = images.to(device=self.device, dtype=self.dtype)
         self._labels = labels.to(self.device, self.dtype if labels.is_floating_point() else torch.int64)
-        self._given = chunk, keep, threads
-        self._chunk = 100 if chunk is None else chunk
-        self._keep = self._chunk if keep is None else keep
-        self._graphs: list[tuple[Tensor, ...]] | None = None
+        self.matrix, self.mode = matrix, mode
+        self._graphs: list[Multiply] | None = None
+        self._given = chunk, keep, threads, memory
+        self.chunk = self._chunk_of(chunk, EAGER)
+        self._keep = self.chunk if keep is None else keep
         pays = self.device.type == "cpu" and worthwhile(model, len(images), products)
         self._compile = pays if compile == "auto" else bool(compile)
         self._compiled: CompiledProduct | None = None
@@ -107,35 +111,33 @@ class Operator:
     @classmethod
     def from_spec(cls, spec: HessianSpec, model: ModelSpec, params: Params, buffers: Buffers, images: Tensor,
                   labels: Tensor, mask: Mask | None = None, chunk: int | None = None,
-                  keep: int | None = None, *, compile: bool | str = False, threads: int | None = None) -> Self:
+                  keep: int | None = None, *, compile: bool | str = False, threads: int | None = None,
+                  memory: int | None = None) -> Self:
         """The operator that ``spec`` describes, on the :func:`subset` of ``spec.images`` of the images given.
 
-        Images normalised and un-augmented; the rest as for the class. Raises ``ValueError`` as the class
+        Images normalised and un-augmented, except for a protocol that asks for an augmented batch
+        (:meth:`HessianSpec.published`): then they are that batch; the rest as for the class. Raises ``ValueError`` as the class
         does, and where there are fewer than ``spec.images``.
         """
         index = subset(labels, spec.images).to(images.device)
         names = models.prunable(model) if spec.scope == "weights" else tuple(params)
         return cls(model, params, buffers, images[index], labels[index.to(labels.device)], mask, names, chunk,
                    keep, dtype=getattr(torch, spec.dtype), compile=compile,
-                   products=spec.probes + spec.lanczos_steps, threads=threads)
+                   products=spec.probes + spec.lanczos_steps, threads=threads, matrix=spec.matrix, mode=spec.mode,
+                   include_pruned=spec.include_pruned, memory=memory)
 
-    def flatten(self, values: Params) -> Tensor:
-        """The surviving entries of tensors named and shaped like the weights, as one vector (n,)."""
-        parts = ((values[name].reshape(-1), entries) for name, entries in self._entries.items())
-        return torch.cat([part if entries is None else part[entries] for part, entries in parts])
+    @property
+    def batched(self) -> bool:
+        """Whether the images are one batch, whose statistics BatchNorm takes: then they cannot be cut into chunks."""
+        return self.mode == "train" and bool(models.statistics(self.model))
 
-    def unflatten(self, vector: Tensor) -> Params:
-        """Inverse of :meth:`flatten`: tensors named and shaped like the weights, 0 at pruned entries.
-
-        Raises ``ValueError`` unless ``vector`` is (n,).
-        """
-        self._check_shape(vector, 1)
-        tensors = {}
-        for (name, weight), part in zip(self._weights.items(), vector.split(self._counts), strict=True):
-            entries = self._entries[name]
-            full = part if entries is None else part.new_zeros(weight.numel()).index_copy(0, entries, part)
-            tensors[name] = full.view(weight.shape)
-        return tensors
+    @property
+    def about(self) -> dict[str, str | int]:
+        """What was measured, in words and numbers, to stand beside a result."""
+        statistics = ("none" if not models.statistics(self.model) else
+                      f"of the batch of {len(self._images)}" if self.batched else "running")
+        return {"matrix": self.matrix, "mode": self.mode, "batch_statistics": statistics, "pruned_entries": self.pruned,
+                "images": len(self._images), "size": self.size, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def matvec(self, vector: Tensor) -> Tensor:
         """H v for a vector (n,), in the operator's dtype.
@@ -167,15 +169,33 @@ class Operator:
     @torch.enable_grad()
     def _eager(self, columns: Tensor) -> Tensor:
         products = torch.zeros_like(columns)
-        weights = tuple(self._weights.values())
-        for gradient in self._gradients():
+        for multiply in self._multipliers():
             # One column at a time: a batched backward pass (``is_grads_batched``) has no rule for group
             # normalisation differentiated twice, and took 1.3 times as long on a ResNet.
             for row, column in enumerate(columns):
-                parts = torch.autograd.grad(gradient, weights, tuple(self.unflatten(column).values()),
-                                            retain_graph=True, materialize_grads=True)
+                parts = multiply(tuple(self.unflatten(column).values()))
                 products[row] += self.flatten(dict(zip(self.names, parts, strict=True)))
+                del parts
+            del multiply  # and with it its graph, before the next one is built
         return products
+
+    def _multipliers(self) -> Iterable[Multiply]:
+        """The product on each chunk, with its graph: kept ones, or built one at a time."""
+        if self._graphs is None:
+            starts = range(0, len(self._images), self.chunk)
+            lazily = (self._multiplier(slice(start, start + self.chunk)) for start in starts)
+            if len(self._images) > self._keep:
+                return lazily
+            self._graphs = list(lazily)
+        return self._graphs
+
+    def _multiplier(self, chunk: slice) -> Multiply:
+        weights = tuple(self._weights.values())
+        return multiplier(self.matrix, self._logits(chunk), self._labels[chunk], weights, len(self._images))
+
+    def _logits(self, chunk: slice) -> Tensor:
+        return models.forward(self.model, {**self._fixed, **self._weights}, self._buffers, self._images[chunk],
+                              self.mode == "train")[0]
 
     def _compiled_product(self) -> CompiledProduct | None:
         """The compiled product, made on first use; None where it is not wanted or not to be had."""
@@ -192,59 +212,83 @@ class Operator:
         return self._compiled
 
     def _made(self) -> CompiledProduct:
-        chunk, keep, threads = self._given
-        size = chunk_size(len(self._images), chunk or CHUNK)
+        chunk, keep, threads, memory = self._given
+        threads, count = threads or torch.get_num_threads(), len(self._images)
+        limit = MEMORY if keep is None else math.inf if keep >= count else 0
+        if memory is not None:
+            # One half for what is kept, the other for chunks at work. An uncompiled chunk holds more than a compiled one.
+            limit, memory = memory // 2, memory - memory // 2
+            threads = max(1, min(threads, memory // self.peak(count if self.batched else 1)))
+            memory //= threads
+        size = count if self.batched else chunk_size(count, self._chunk_of(chunk, CHUNK, memory))
 
         def on(images: Tensor, labels: Tensor) -> CompiledProduct:
             return CompiledProduct(self.model, {n: w.detach() for n, w in self._weights.items()}, self._fixed,
-                                   self._buffers, images, labels, size,
-                                   MEMORY if keep is None else math.inf if keep >= len(self._images) else 0,
-                                   threads or torch.get_num_threads())
+                                   self._buffers, images, labels, size, limit, threads,
+                                   matrix=self.matrix, train=self.mode == "train")
 
         # A wrong program would give a wrong spectrum without a sign of it, so a few images are compared.
-        few = slice(0, min(4, size))
+        few = slice(0, count if self.batched else min(4, size))
         vector = self.unflatten(torch.arange(self.size, device=self.device).cos().to(self.dtype))
         found = self.flatten(on(self._images[few], self._labels[few])([vector])[0])
-        weights = tuple(self._weights.values())
         with torch.enable_grad():
-            gradient = torch.autograd.grad(self._loss(few), weights, create_graph=True, materialize_grads=True)
-            parts = torch.autograd.grad(gradient, weights, tuple(vector.values()), materialize_grads=True)
-        expected = self.flatten(dict(zip(self.names, parts, strict=True))) * len(self._images)
+            parts = self._multiplier(few)(tuple(vector.values()))
+        expected = self.flatten(dict(zip(self.names, parts, strict=True))) * count
         # Rounding puts single units on the other side of a ReLU's corner, which moves a product by up to 1e-3.
         if (found - expected).norm() > 1e-2 * expected.norm() + torch.finfo(self.dtype).tiny:
             raise ValueError("its product differs from the uncompiled one")
         return on(self._images, self._labels)
 
-    def _gradients(self) -> Iterable[tuple[Tensor, ...]]:
-        """Gradients of each chunk's share of L, with their graphs: kept ones, or built one at a time."""
-        if self._graphs is None:
-            weights = tuple(self._weights.values())
-            starts = range(0, len(self._images), self._chunk)
-            lazily = (torch.autograd.grad(self._loss(slice(start, start + self._chunk)), weights,
-                                          create_graph=True, materialize_grads=True) for start in starts)
-            if len(self._images) > self._keep:
-                return lazily
-            self._graphs = list(lazily)
-        return self._graphs
+    def _chunk_of(self, chunk: int | None, usual: int, memory: int | None = None) -> int:
+        """Images a chunk: as given or as usual, all of them where they are one batch, and no more than memory holds."""
+        count, memory = len(self._images), self._given[3] if memory is None else memory
+        if self.batched:
+            if count < 2 or (chunk or count) < count:
+                raise ValueError(f"mode train takes the images as one batch of at least 2 in one chunk, got {count} images and "
+                                 f"chunk {chunk}; give more, leave chunk out, or choose mode eval")
+            chunk = count
+        chunk = usual if chunk is None else chunk
+        if memory is None:
+            return chunk
+        most = min(chunk, count)
+        least = most if self.batched else 1
+        found = fitting(self.peak, memory, most) if least == 1 else most if self.peak(most) <= memory else 0
+        if not found:
+            raise ValueError(f"memory must be at least {self.peak(least)} bytes for a chunk of {least} image"
+                             f"{'s' * (least > 1)} of {self.model.arch}, got {memory}")
+        return found
 
-    def _loss(self, chunk: slice) -> Tensor:
-        """The share of L that the images of a chunk contribute: their summed cross-entropy over N."""
-        params = {**self._fixed, **self._weights}
-        logits, _ = models.forward(self.model, params, self._buffers, self._images[chunk])
-        return F.cross_entropy(logits, self._labels[chunk], reduction="sum") / len(self._images)
+    def peak(self, images: int) -> int:
+        """Bytes that an uncompiled product with one vector holds at most, for a chunk of so many images.
 
-    def _check_shape(self, vectors: Tensor, dimensions: int) -> None:
-        if vectors.dim() != dimensions or len(vectors) != self.size:
-            expected = f"({self.size},)" if dimensions == 1 else f"({self.size}, k)"
-            raise ValueError(f"vectors must be {expected}, one row for each surviving weight, "
-                             f"got {tuple(vectors.shape)}")
+        Rehearsed on tensors without storage, so nothing is computed, in about a second for a ResNet; beyond network, images,
+        vector, and what a kernel takes for itself while it runs.
+        """
+        fake, twin = FakeTensorMode(), copy.copy(self)
+        given = []
+        for part in ("_weights", "_fixed", "_buffers", "_entries"):
+            tensors = {n: None if t is None else fake.from_tensor(t) for n, t in getattr(self, part).items()}
+            setattr(twin, part, tensors)
+            given += [t for t in tensors.values() if t is not None]
+        with fake:
+            twin._images, twin._labels = (torch.empty(images, *t.shape[1:], dtype=t.dtype, device=self.device)
+                                          for t in (self._images, self._labels))
+            twin._graphs, twin.chunk, twin._keep = None, images, images
+            column = torch.zeros(1, self.size, dtype=self.dtype, device=self.device)
+            with Watch(*given, twin._images, twin._labels, column) as watch:
+                twin._eager(column)
+        return watch.peak
 
     @torch.no_grad()
     def _checked_loss(self) -> float:
         """L, after two passes over the images that must agree up to the rounding of the dtype."""
-        starts = range(0, len(self._images), self._chunk)
+        def share(start: int) -> float:
+            chunk = slice(start, start + self.chunk)
+            return float(F.cross_entropy(self._logits(chunk), self._labels[chunk], reduction="sum") / len(self._images))
+
+        starts = range(0, len(self._images), self.chunk)
         with full_precision():
-            first, second = (sum(float(self._loss(slice(start, start + self._chunk))) for start in starts) for _ in range(2))
+            first, second = (sum(share(start) for start in starts) for _ in range(2))
         if not (math.isfinite(first) and math.isfinite(second)):
             raise ValueError(f"the loss must be finite, got {first}; "
                              "the network has diverged or the images are not finite")
@@ -253,72 +297,3 @@ class Operator:
             raise ValueError(f"two passes over the images must give one loss, got {first!r} and {second!r}; "
                              "switch off augmentation, dropout or train mode")
         return first
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 convolutions and matrix products at their own precision, then the former setting again.
-
-    A GPU computes convolutions in TF32 by default; its 10 bits of mantissa are too coarse for the derivative
-    of a derivative. Without effect on a CPU.
-    """
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
-
-
-def check_labels(images: Tensor, labels: Tensor, classes: int) -> None:
-    """Raise ``ValueError`` unless every image, of at least one, has a class or ``classes`` probabilities."""
-    if len(images) == 0 or len(images) != len(labels):
-        raise ValueError("images and labels must be equally many and at least one, "
-                         f"got {len(images)} images and {len(labels)} labels")
-    if labels.is_floating_point():
-        fits = labels.dim() == 2 and labels.shape[1] == classes
-    else:
-        fits = labels.dim() == 1 and bool(((labels >= 0) & (labels < classes)).all())
-    if not fits:
-        raise ValueError(f"labels must be (N,) whole numbers from 0 to {classes - 1} or "
-                         f"(N, {classes}) probabilities, got {tuple(labels.shape)} {labels.dtype} "
-                         f"from {labels.min().item():g} to {labels.max().item():g}")
-
-
-def check_mask(mask: Mask, params: Params) -> Mask:
-    """``mask`` on the device of ``params``.
-
-    Raises ``ValueError`` where a mask does not fit its parameter or a pruned entry is not 0.
-    """
-    for name, keep in mask.items():
-        if name not in params or keep.shape != params[name].shape or keep.dtype != torch.bool:
-            has = tuple(params[name].shape) if name in params else "no such parameter"
-            raise ValueError(f"mask of {name} must be boolean and shaped like it ({has}), "
-                             f"got {tuple(keep.shape)} {keep.dtype}")
-        weight = params[name].detach()
-        pruned = int((weight[~keep.to(weight.device)] != 0).sum())
-        if pruned:
-            raise ValueError(f"pruned entries must be 0, got {pruned} others in {name}; "
-                             "apply the mask to the network first")
-    return {name: keep.to(params[name].device) for name, keep in mask.items()}
-
-
-def subset(labels: Tensor, count: int) -> Tensor:
-    """Index (count,) of a fixed selection: the first image of every class, then the second, and so on.
-
-    No random number enters, so every network of a study is measured on the same images, and a data set sorted
-    by class does not give one class only. Soft labels (N, K) count as their largest. Raises ``ValueError``
-    unless 1 <= count <= N.
-    """
-    if not 1 <= count <= len(labels):
-        raise ValueError(f"images must lie in [1, {len(labels)}] (the images given), got {count}")
-    classes = (labels.argmax(1) if labels.dim() == 2 else labels).cpu()
-    rank = torch.empty(len(classes), dtype=torch.int64)
-    for c in classes.unique():
-        members = (classes == c).nonzero().squeeze(1)
-        rank[members] = torch.arange(len(members))
-    # Stable, so that images of equal rank keep the order of the data.
-    return torch.argsort(rank, stable=True)[:count]

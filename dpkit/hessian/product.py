@@ -37,7 +37,7 @@ def worthwhile(model: ModelSpec, images: int, products: int) -> bool:
 
 
 class CompiledProduct:
-    """H v summed over the images, for one network; see :class:`dpkit.hessian.Operator`, which owns one.
+    """H v (or another matrix's product) summed over the images; see :class:`dpkit.hessian.Operator`, which owns one.
 
     weights, fixed  the parameters that make up w, and the others
     images, labels  (N, C, H, W) and (N,) or (N, K)
@@ -46,13 +46,16 @@ class CompiledProduct:
                     anew, chunk by chunk, once for all its vectors
     threads         chunks computed side by side on a CPU, one core each; the sum is taken in the order of the chunks, so
                     that the result does not depend on it
+    matrix, train   which matrix is multiplied by (:mod:`dpkit.hessian.matrices`), and whether BatchNorm takes the chunk's
+                    statistics, which then must hold all images
 
     Attributes: saved, bytes kept for each image; kept, whether they stay between products. What compiling raises comes out of
     the first call.
     """
 
     def __init__(self, model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-                 size: int, memory: float = MEMORY, threads: int = 1, compiled: bool = True) -> None:
+                 size: int, memory: float = MEMORY, threads: int = 1, compiled: bool = True, *, matrix: str = "hessian",
+                 train: bool = False) -> None:
         count = math.ceil(len(images) / size)
         images, labels = _filled(images, labels, count * size)
         self._chunks = [(arranged(x), y) for x, y in zip(images.split(size), labels.split(size), strict=True)]
@@ -60,7 +63,7 @@ class CompiledProduct:
         self._weights = groups[0]
         self._tensors = [t for group in groups for t in group.values()]
         with cores.used(1):
-            self._program = program(model, *groups, *self._chunks[0], compiled)
+            self._program = program(model, *groups, *self._chunks[0], compiled, matrix, train)
         self.saved = self._program.saved
         self.kept = self.saved * count * size <= memory
         self._saved: list[list[Tensor] | None] = [None] * count

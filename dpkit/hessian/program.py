@@ -1,6 +1,7 @@
 """A Hessian product as two compiled programs: what does not depend on the vector, and what does.
 
-The product is traced as one graph, the transposed Jacobian of the gradient applied to the vector, and cut in two. The part that
+The product is traced as one graph, the transposed Jacobian of the gradient applied to the vector (for the other matrices of
+:mod:`dpkit.hessian.matrices`: the logits' Jacobian and its transpose), and cut in two. The part that
 does not need the vector (``prepare``: forward pass and gradient) runs once a chunk of images, and tensors on the cut are kept.
 The part that does (``apply``) runs for each vector. The cut is the one with the fewest bytes, where elementwise operations and
 views may be repeated behind it and nothing else: a minimum cut of the graph, as in Chen et al. 2016 (Training deep nets with
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpkit import models
+from dpkit.hessian.matrices import inner
 from dpkit.hessian.rules import Rules
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Params
@@ -50,29 +52,39 @@ def arranged(tensor: Tensor) -> Tensor:
 
 
 def program(model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-            compiled: bool = True) -> Program:
+            compiled: bool = True, matrix: str = "hessian", train: bool = False) -> Program:
     """The program for tensors shaped like these; made once in a process for each model, names, shapes and dtype.
 
     Nothing but shapes enters: another network of the same model uses the same program. ``compiled`` False leaves the two
     graphs to be interpreted, for tests.
     """
-    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled)
+    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled, matrix, train)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled)
+        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train)
     return _PROGRAMS[key]
 
 
 _PROGRAMS: dict[tuple, Program] = {}
 
 
-def _build(model, weights, fixed, buffers, images, labels, compiled) -> Program:
-    def loss(weights, fixed, buffers, images, labels):
-        logits, _ = models.forward(model, {**fixed, **weights}, buffers, images)
-        return F.cross_entropy(logits, labels, reduction="sum")
+def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train) -> Program:
+    def outputs(weights, fixed, buffers, images):
+        return models.forward(model, {**fixed, **weights}, buffers, images, train)[0]
 
-    def product(vectors, weights, *given):
+    def loss(weights, fixed, buffers, images, labels):
+        return F.cross_entropy(outputs(weights, fixed, buffers, images), labels, reduction="sum")
+
+    def second_derivative(vectors, weights, *given):
         _, transposed = torch.func.vjp(lambda weights: torch.func.grad(loss)(weights, *given), weights)
         return list(transposed(vectors)[0].values())
+
+    def outer(vectors, weights, fixed, buffers, images, labels):
+        logits, transposed = torch.func.vjp(lambda weights: outputs(weights, fixed, buffers, images), weights)
+        # J v as the derivative of J'u to u, as in the uncompiled product
+        _, forwards = torch.func.vjp(lambda dual: transposed(dual)[0], torch.zeros_like(logits))
+        return list(transposed(inner(matrix, logits, labels, forwards(vectors)[0]))[0].values())
+
+    product = second_derivative if matrix == "hessian" else outer
 
     like = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     given = (like, weights, fixed, buffers, images, labels)

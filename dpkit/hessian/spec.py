@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
-from dpkit.spec import Spec
+from dpkit.hessian.matrices import MATRICES
+from dpkit.spec import Spec, later
+
+MODES = ("eval", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +21,9 @@ class HessianSpec(Spec):
     dtype          "float32" or "float64"
     target         stop the trace early at this relative standard error; 0 spends all probes
     minimum        no early stop before this many probes (at least 2)
+    matrix         "hessian", "gauss_newton" (the Fisher matrix) or "empirical_fisher": :mod:`dpkit.hessian.matrices`
+    mode           "eval": running statistics; "train": BatchNorm takes those of the images, as one batch
+    include_pruned rows and columns for pruned entries too, as if the network could move along them
 
     How many images are differentiated at once is not here: it changes time and memory, not the result.
     Raises ``ValueError`` outside these ranges.
@@ -29,6 +36,9 @@ class HessianSpec(Spec):
     dtype: str = "float32"
     target: float = 0.0
     minimum: int = 10
+    matrix: str = later("hessian", before="hessian")
+    mode: str = later("eval", before="eval")
+    include_pruned: bool = later(False, before=False)
 
     def check(self) -> None:
         self.require(self.images >= 1, f"images must be >= 1, got {self.images}")
@@ -36,5 +46,18 @@ class HessianSpec(Spec):
         self.require(self.lanczos_steps >= 1, f"lanczos_steps must be >= 1, got {self.lanczos_steps}")
         self.one_of("scope", ("weights", "all"))
         self.one_of("dtype", ("float32", "float64"))
+        self.one_of("matrix", MATRICES)
+        self.one_of("mode", MODES)
         self.between("target", 0.0, 1.0, open_high=True)
         self.require(self.minimum >= 2, f"minimum must be >= 2 to give an error bar, got {self.minimum}")
+
+    @classmethod
+    def published(cls, **changes) -> Self:
+        """The published protocol: one batch of 64 images in train mode, pruned entries included, on the prunable weights.
+
+        The images to go with it are 64 training images after one draw of the training augmentation, and the quantity is the
+        exact diagonal (:func:`dpkit.hessian.exact_diagonal`, one product an entry): ``exact_diagonal(Operator.from_spec(
+        HessianSpec.published(), ...), limit=...)``. It is there to be compared with the default, which avoids what bends it
+        (:mod:`dpkit.hessian`). ``changes``: fields that are to differ.
+        """
+        return cls(**{"images": 64, "mode": "train", "include_pruned": True, **changes})

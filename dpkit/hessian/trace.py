@@ -26,7 +26,8 @@ def trace(op: LinearOperator, probes: int, generator: torch.Generator, *, target
     minimum    probes before the first look, at least 2. A small error bar goes with a small mean where one
                eigenvalue dominates, so stopping early biases the trace downwards: simulated with half of it
                in one eigenvalue and target 0.1, by 5% at minimum 2, 3% at 10 and 2% at 24, by 0.1% at target
-               0.02; not measurably for spread spectra. For a published number spend all probes.
+               0.02; not measurably for spread spectra. For a published number spend all probes, or let a
+               pilot decide how many (:func:`dpkit.hessian.stopping.to_error`), which has no such bias.
 
     Returns the mean, its standard error (deviation over probes / sqrt(probes)) and the products spent.
     Raises ``ValueError`` for fewer than 2 probes, a target outside [0, 1) or a minimum below 2.

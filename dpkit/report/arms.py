@@ -10,7 +10,8 @@ from dpkit.statistics import mean_interval
 
 #: endings of names that say what rewinding leaves as the search trained it, and those of controls
 SCOPES = {"_weights": "only weights rewound", "_norm_only": "norms left as trained"}
-CONTROLS = {"_shuffled": "shuffled in layers", "_reinit": "fresh weights", "_signs": "fresh, signs kept"}
+CONTROLS = {"_shuffled": "shuffled in layers", "_reinit": "fresh weights", "_signs": "fresh, signs kept",
+            "_borrowed": "mask of another start", "_transferred": "mask of another start, matched"}
 
 OTHERS, CHANGED = "other sets", "controls and other rewinding"
 #: the families of arms, in the order in which they are shown; arms of one family are drawn together

@@ -30,7 +30,9 @@ MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
             "alignment": ("aligned_barrier", "aligned_loss_barrier", "moved", "l2", "aligned_l2", "cosine", "sparsity_between",
                           "disagreement"),
             "robustness": ("clean_error", "mean_corruption_error"),
-            "plane": ("highest_error", "lowest_error"),
+            "plane": ("highest_error", "lowest_error"), "square": ("highest_error", "lowest_error", "off"),
+            "around": ("highest_error", "lowest_error"), "profile": ("error", "loss", "error_rise", "loss_rise"),
+            "trajectory": ("outside_start", "outside_halfway"), "layers": ("highest_barrier", "highest_others_barrier"),
             "hessian": ("trace", "trace_error", "top_eigenvalue", "top_eigenvalue_error", "surviving", "trace_per_weight",
                         "diagonal_negative", "diagonal_error", "products")}
 
@@ -70,6 +72,8 @@ def curves(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], names: I
         if store.has(key) and not store.get(key).failed:
             tensors = store.get(key).tensors
             part = pd.DataFrame({name: tensors[name].double().numpy() for name in names})
+            if "alphas" in part:  # 0.3 of one path is that of another, whatever rounding made of it
+                part["alphas"] = part["alphas"].round(12)
             parts.append(part.assign(**place, key=key))
     if not parts:
         return pd.DataFrame(columns=list(dict.fromkeys([*names, *(name for place, _ in rows for name in place), "key"])))

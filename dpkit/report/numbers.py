@@ -123,17 +123,16 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     Chapters whose results are plain have a maker here, which takes their frame. What needs tensors, or several frames, has one
     beside its frames, which takes the store and all rows.
     """
-    from dpkit.report import ledger, overlap, robustness  # they collect their numbers with what this file has
+    from dpkit.report import connectivity, ledger, overlap, robustness  # they collect their numbers with what this file has
 
     chapters = {name: list(rows) for name, rows in chapters.items()}
     found: list[Number] = []
     for name, make in (("distillation", _distillation), ("transfer", _transfer), ("tickets", _tickets)):
         found += _from_frame(store, chapters.get(name, []), make)
-    found += ledger.numbers(store, chapters) + overlap.numbers(store, chapters) + robustness.numbers(store, chapters)
-    for name, make in (("connectivity", _connectivity), ("alignment", _alignment), ("landscape", _landscape),
-                       ("hessian", _hessian)):
+    for room in (ledger, overlap, robustness, connectivity):
+        found += room.numbers(store, chapters)
+    for name, make in (("landscape", _landscape), ("hessian", _hessian)):
         found += _from_frame(store, chapters.get(name, []), make)
-    found += _matched(store, chapters)
     return found
 
 
@@ -183,45 +182,6 @@ def _tickets(store: Store, table: pd.DataFrame) -> list[Number]:
         base, endings = split(name)
         if endings and base != "imp":
             chapter.compare((name, percent), (base, percent), "accuracy", "accuracy")
-    return chapter.found
-
-
-def _connectivity(store: Store, table: pd.DataFrame) -> list[Number]:
-    chapter = Collector(store, "connectivity", table.assign(stable=table["stable"].astype(float)))
-    for name, percent in chapter.places():
-        chapter.add(name, percent, "barrier", "error_barrier")
-        chapter.add(name, percent, "loss_barrier", "loss_barrier", "mean")
-        chapter.add(name, percent, "stable", "stable")
-        if name not in ("dense", "distilled"):
-            chapter.compare(("distilled", percent), (name, percent), "barrier", "error_barrier")
-    return chapter.found
-
-
-def _alignment(store: Store, table: pd.DataFrame) -> list[Number]:
-    """Pairs of children with their channels matched, and how far they are apart."""
-    chapter = Collector(store, "connectivity", table)
-    for name, percent in chapter.places():
-        for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "length"),
-                             ("aligned_l2", "length"), ("cosine", "cosine"), ("disagreement", "fraction")):
-            chapter.add(name, percent, column, column, kind)
-    return chapter.found
-
-
-def _matched(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
-    """``connectivity.ARM.aligned_difference@P``: the barrier after matching channels minus the one before, pair by pair."""
-    before = frame(store, list(chapters.get("connectivity", ())), "path")
-    after = frame(store, list(chapters.get("alignment", ())), "alignment")
-    if not len(before) or not len(after):
-        return []
-    place = ["arm", "percent", "seed", "pair"]
-    both = after.merge(before[[*place, "error_barrier", "failed", "key"]], on=place, suffixes=("", "_before"))
-    both = both[both["failed"].isna() & both["failed_before"].isna()]
-    both = both.assign(change=both["aligned_barrier"] - both["error_barrier"])
-    # a row for each artifact that counts, so that the number leads back to both
-    rows = pd.concat([both, both.assign(key=both["key_before"])], ignore_index=True)
-    chapter = Collector(store, "connectivity", rows)
-    for name, percent in chapter.places():
-        chapter.add(name, percent, "aligned_difference", "change", "mean")
     return chapter.found
 
 

@@ -1,7 +1,8 @@
 """Stages: where mathematics meets disk. A study's settings become units, units become artifacts."""
-from dpkit.stages import compare, make, measure, sets  # noqa: F401  importing them registers their stages
+from dpkit.stages import compare, connect, make, measure, sets, terrain  # noqa: F401  importing them registers their stages
 from dpkit.stages.arms import ARMS, CONTROLS, SUFFIXES
-from dpkit.stages.plan import CHAPTERS, FRAMES, Entry, Plan, parse_share
+from dpkit.stages.places import Entry
+from dpkit.stages.plan import CHAPTERS, FRAMES, Plan, parse_share
 from dpkit.stages.profiles import FIELDS, load_study, profiles, read_profile, unknown
 from dpkit.stages.run import Progress, Report, choose_device, compute, missing
 from dpkit.stages.study import Study

@@ -14,9 +14,14 @@ from dataclasses import dataclass
 from dpkit.prune import SCOPES
 
 #: controls of any arm: what they change in its tickets
-CONTROLS = {"reinit": "surviving weights drawn anew (Frankle and Carbin 2019, arXiv 1803.03635)",
+CONTROLS = {"borrowed": "with the mask that another initialisation found, its weights in the places that it says",
+            "transferred": "with the mask that another initialisation found, its channels matched to this network's "
+                           "(Adnan et al. 2025, arXiv 2505.05143, here by matching weights)",
+            "reinit": "surviving weights drawn anew (Frankle and Carbin 2019, arXiv 1803.03635)",
             "shuffled": "survivors placed anew at random in each layer, as many as there were (Frankle et al. 2021, 2009.08576)",
             "signs": "surviving weights drawn anew, with their signs kept (Zhou et al. 2019, arXiv 1905.01067)"}
+#: controls that take the mask of another initialisation
+LENT = ("borrowed", "transferred")
 #: scores at initialisation, which train no network but compute something
 SCORES = ("snip", "grasp", "synflow")
 #: scopes that a name may end in: what rewinding resets, where it is not the study's ``scope``

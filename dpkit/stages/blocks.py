@@ -13,10 +13,11 @@ from dpkit.distill import METHODS, check_factor, published
 from dpkit.distill import spec_of as distill_spec
 from dpkit.models import count_prunable
 from dpkit.prune import spared_weights, survivors
+from dpkit.stages.arms import LENT
 from dpkit.stages.costs import shipped_seconds
 from dpkit.stages.features import set_images
 from dpkit.stages.footprint import allowed_images, needed_memory
-from dpkit.stages.study import SETS, SOFT, Study
+from dpkit.stages.making import SETS, SOFT, Making
 from dpkit.stages.unit import Unit
 from dpkit.training import TrainSpec
 from dpkit.tree import seed_for
@@ -38,7 +39,7 @@ def _once(method):
 class Blocks:
     """The units of a study for one data set. identity: ``Dataset.identity``; see :func:`dpkit.data.load`."""
 
-    study: Study
+    study: Making
     identity: dict
     memo: dict[tuple, Unit] = field(default_factory=dict, repr=False)
 
@@ -165,13 +166,18 @@ class Blocks:
         return replace(self.unit("published", spec, {}, f"published set {name}"), file=path)
 
     def network(self, init: int, noise: int, label: str, *, images: Unit | None = None, ticket: Unit | None = None,
-                first_step: int = 0, snapshots: tuple[int, ...] = (), train: TrainSpec | None = None) -> Unit:
-        """A network trained on real data (as ``train`` says, else as usual), or on the small set ``images``."""
+                first_step: int = 0, snapshots: tuple[int, ...] = (), train: TrainSpec | None = None,
+                start: Unit | None = None) -> Unit:
+        """A network trained on real data (as ``train`` says, else as usual), or on the small set ``images``.
+
+        It starts at ``first_step`` from the ``ticket``, from what ``start`` was at that step, or from initialisation.
+        """
         study = self.study
         train = train or study.train
         if images is not None:
             train = self._on_set(images)
-        parents = {name: u for name, u in (("images", images), ("ticket", ticket)) if u is not None}
+        given = (("images", images), ("ticket", ticket), ("start", start))
+        parents = {name: u for name, u in given if u is not None}
         spec = {"data": self.identity, "model": self.model, "train": train.to_dict(), "init_seed": self.seed_at("init", init),
                 "noise_seed": noise, "first_step": first_step, "snapshots": list(snapshots)}
         return self.unit("network", spec, parents, label)
@@ -189,7 +195,7 @@ class Blocks:
         name = "search" if role == "search" else f"child {child}"
         return self.network(init, noise, f"dense network {init}, {name}", snapshots=kept)
 
-    def _first_step(self, arm: str) -> int:
+    def first_step(self, arm: str) -> int:
         """The step of the dense run that an arm's tickets start from; 0: initialisation."""
         found = self.study.arm(arm)
         return (found.step or self.rewind_step) if found.early else 0
@@ -217,12 +223,16 @@ class Blocks:
             return self.network(init, noise, label, images=self.small_set(found.source, init), ticket=ticket)
         if round == 0 and found.training == "usual":
             return self.dense(init, "search")
-        return self.network(init, noise, label, ticket=ticket, first_step=self._first_step(arm),
+        return self.network(init, noise, label, ticket=ticket, first_step=self.first_step(arm),
                             train=self.study.search[found.training])
+
+    def lender(self, arm: str, init: int) -> int:
+        """The initialisation whose ticket an arm's ticket is made from: the next one for :data:`~dpkit.stages.arms.LENT`."""
+        return (init + 1) % self.study.seeds if self.study.arm(arm).control in LENT else init
 
     def searches_of(self, arm: str, init: int, round: int) -> list[Unit]:
         """All networks that were trained to find the mask of an arm's ticket of ``round``."""
-        found = self.study.arm(arm)
+        found, init = self.study.arm(arm), self.lender(arm, init)
         if not found.trains:
             return []
         return [self.searched(arm, init, 0)] if found.once else [self.searched(arm, init, r) for r in range(round)]
@@ -236,8 +246,11 @@ class Blocks:
         spec, parents = self._beginning(arm, init, round)
         label = f"{arm} ticket {init}, round {round}"
         if found.control:
+            lender = self.lender(arm, init)
             spec |= {"control": found.control, "control_seed": self.seed_at(found.control, init)}
-            return self.unit("ticket", spec, {"of": self.ticket(found.of, init, round), **parents}, label)
+            if found.control == "transferred":
+                parents |= {"own": self.dense(init, "search"), "theirs": self.dense(lender, "search")}
+            return self.unit("ticket", spec, {"of": self.ticket(found.of, lender, round), **parents}, label)
         if found.trains:
             network = {"network": self.searched(arm, init, round - 1)}
             if found.once:
@@ -260,7 +273,7 @@ class Blocks:
                 "init_seed": self.seed_at("init", init)}
         if not self.study.arm(arm).early:
             return spec, {}
-        return spec | {"rewind_step": self._first_step(arm)}, {"start": self.dense(init, "search")}
+        return spec | {"rewind_step": self.first_step(arm)}, {"start": self.dense(init, "search")}
 
     @_once
     def _pretrained(self, arm: str, init: int) -> Unit:
@@ -274,7 +287,35 @@ class Blocks:
         if arm == "dense":
             return self.dense(init, "child", child)
         return self.network(init, self.seed_at("child", init, child), f"{arm} {init}, round {round}, child {child}",
-                            ticket=self.ticket(arm, init, round), first_step=self._first_step(arm))
+                            ticket=self.ticket(arm, init, round), first_step=self.first_step(arm))
+
+    @_once
+    def spawner(self, arm: str, init: int, round: int, steps: tuple[int, ...]) -> Unit:
+        """A ticket (the dense network for arm ``dense``) trained on real data and kept at ``steps``, where children part."""
+        ticket, first = (None, 0) if arm == "dense" else (self.ticket(arm, init, round), self.first_step(arm))
+        return self.network(init, self.seed_at("spawn", init), f"{arm} {init}, round {round}, before children part",
+                            ticket=ticket, first_step=first, snapshots=steps)
+
+    @_once
+    def spawned(self, arm: str, init: int, round: int, child: int, step: int, steps: tuple[int, ...]) -> Unit:
+        """Child ``child`` of what the :meth:`spawner` was at ``step``."""
+        label = f"{arm} {init}, round {round}, child {child} from step {step}"
+        return self.network(init, self.seed_at("child", init, child), label,
+                            ticket=None if arm == "dense" else self.ticket(arm, init, round), first_step=step,
+                            start=self.spawner(arm, init, round, steps))
+
+    @_once
+    def tracked(self, arm: str, init: int, round: int, child: int, points: int) -> Unit:
+        """A child once more, kept at ``points`` evenly spaced steps after its start and at the start itself.
+
+        As with :meth:`watched`, looking at a child must not change the key that its paths rest on.
+        """
+        first = 0 if arm == "dense" else self.first_step(arm)
+        last = self.study.train.steps(self.identity["train"])
+        steps = sorted({first + round_half_up(i * (last - first) / points) for i in range(points + 1)})
+        return self.network(init, self.seed_at("child", init, child), f"{arm} {init}, round {round}, child {child}, watched",
+                            ticket=None if arm == "dense" else self.ticket(arm, init, round), first_step=first,
+                            snapshots=tuple(steps))
 
     @_once
     def watched(self, source: str, init: int) -> Unit:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpkit.distill import METHODS, DMSpec, GeneratorSpec, MatchingSpec, MTTSpec
 from dpkit.distill import spec_of as distill_spec
-from dpkit.models import ModelSpec, forward_work
+from dpkit.models import ModelSpec, forward_work, prunable
 from dpkit.models.network import family
 from dpkit.models.work import attention_work, layer_work
 from dpkit.spec import canonical_json
@@ -206,7 +206,8 @@ def _ticket(spec: Mapping[str, Any], parents: Specs) -> Features:
     net, score, data = sizes(model_of(spec)), spec.get("score", ""), spec.get("data", {})
     shown = spec["per_class"] * data["classes"] if data else 0
     points, passes = score_work(score, shown) if score else (0, 0.0)
-    return Features("ticket", {"unit": 1, "mweight": net.parameters / 1e6 * (100 if score == "synflow" else 1),
+    repeated = 100 if score == "synflow" else 24 if spec.get("control") == "transferred" else 1  # matching takes so much longer
+    return Features("ticket", {"unit": 1, "mweight": net.parameters / 1e6 * repeated,
                                "gflop": points * passes * net.flops / 1e9})
 
 
@@ -235,15 +236,22 @@ def _robustness(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 def _evaluations(kind: str, asked: Mapping[str, Any], spec: Mapping[str, Any], points: int, images: int) -> Features:
     model, net = model_of(spec), sizes(model_of(spec))
-    measured = asked["statistics_images"] if asked["statistics"] == "reestimate" and model.norm_kind == "batch" else 0
+    needs = asked["statistics"] == "repair" or (asked["statistics"] == "reestimate" and model.norm_kind == "batch")
+    measured = asked["statistics_images"] if needs else 0
     total = points * (images + measured)
+    compiled = (canonical_json([spec["model"], asked.get("precision", "fp32"), "evaluate"]),) if asked.get("compile") else ()
     return Features(f"{kind}/{_ways(asked)}", {"unit": 1, "step": points * (-(-images // EVALUATED) + -(-measured // 250)),
                                                "gflop": total * net.flops / 1e9,
-                                               **_moved(model, total * net.moved * itemsize(asked) / 1e9)})
+                                               **_moved(model, total * net.moved * itemsize(asked) / 1e9)}, compiled)
 
 
 def _path(spec: Mapping[str, Any], parents: Specs) -> Features:
-    return _evaluations("path", spec["path"], spec, spec["path"]["points"], spec["data"]["test"])
+    return _evaluations("path", spec["path"], spec, spec["path"]["points"], spec.get("images") or spec["data"]["test"])
+
+
+def _layers(spec: Mapping[str, Any], parents: Specs) -> Features:
+    places = 2 + 2 * len(prunable(model_of(spec))) * (spec["path"]["points"] - 1)
+    return _evaluations("path", spec["path"], spec, places, spec["data"]["test"])
 
 
 def _alignment(spec: Mapping[str, Any], parents: Specs) -> Features:
@@ -253,9 +261,17 @@ def _alignment(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 
 def _plane(spec: Mapping[str, Any], parents: Specs) -> Features:
-    asked = spec["plane"]
+    asked = next(spec[name] for name in ("plane", "square", "around", "profile") if name in spec)
     images = min(asked["images"] or spec["data"]["test"], spec["data"]["test"])
-    return _evaluations("plane", asked, spec, asked["resolution"] ** 2, images)
+    if "images" in parents:
+        images = set_images(parents["images"]["distill"], spec["data"]["classes"])
+    places = asked["resolution"] ** 2 if "resolution" in asked else asked["directions"] * (asked["points"] - 1) + 1
+    return _evaluations("plane", asked, spec, places, images)
+
+
+def _trajectory(spec: Mapping[str, Any], parents: Specs) -> Features:
+    steps = len(parents["way_a"]["snapshots"]) if "way_a" in parents else 1
+    return Features("compare", {"unit": 1, "mweight": 3 * steps * sizes(model_of(spec)).parameters / 1e6})
 
 
 def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
@@ -269,7 +285,8 @@ def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 _FEATURES = {"network": _network, "distill": _distill, "soften": _soften, "published": _published,
              "ticket": _ticket, "masks": _masks, "early_bird": _early_bird, "robustness": _robustness, "path": _path,
-             "alignment": _alignment, "plane": _plane, "hessian": _hessian}
+             "layers": _layers, "alignment": _alignment, "plane": _plane, "square": _plane, "around": _plane, "profile": _plane,
+             "trajectory": _trajectory, "hessian": _hessian}
 
 
 def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:

@@ -49,8 +49,14 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
                        + len(spec["robustness"]["bits"]))
     elif stage in ("path", "alignment"):
         numbers = 24 * spec["path"]["points"]
-    elif stage == "plane":
-        numbers = 16 * spec["plane"]["resolution"] ** 2
+    elif stage == "layers":
+        numbers = 32 * spec["path"]["points"] * len(prunable(model_of(spec)))
+    elif stage in ("plane", "square", "around"):
+        numbers = 16 * spec[stage]["resolution"] ** 2
+    elif stage == "profile":
+        numbers = 16 * spec["profile"]["directions"] * spec["profile"]["points"]
+    elif stage == "trajectory":
+        numbers = 100 * len(parents["way_a"]["snapshots"]) if "way_a" in parents else 0
     elif stage == "hessian":
         ticket = parents.get("ticket")
         numbers = 8 * net.prunable * ((1 - ticket["prune"]["fraction"]) ** ticket["round"] if ticket else 1)
@@ -93,7 +99,7 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         shown = min(asked["images"] or data["test"], data["test"])
         kept = min(CORRUPTED, pixels * shown * len(asked["corruptions"]) * len(asked["severities"]))
         needed = 12 * pixels * shown + kept + evaluated + 2 * weights
-    elif stage in ("path", "plane", "alignment"):
+    elif stage in ("path", "plane", "square", "around", "profile", "layers", "alignment"):
         needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
     elif stage == "hessian":
         asked = spec["hessian"]

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpkit import models, prune, training, tree
+from dpkit import alignment, models, prune, training, tree
 from dpkit.data import Dataset, Split, normalise, zca
 from dpkit.models import ModelSpec
 from dpkit.prune import PruneSpec
 from dpkit.spec import canonical_json
+from dpkit.stages.arms import LENT
 from dpkit.stages.sets import CHECKPOINT_SECONDS, network_of, read_set
 from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
@@ -47,8 +48,9 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
         split, train, mean, std = _small(parents[0]["images"], train, dataset)
     starts, kept = [], []
     for unit, family in zip(units, parents, strict=True):
-        ticket = family.get("ticket")
-        starts.append(network_of(ticket) if ticket else initial(unit.spec))
+        ticket, start = family.get("ticket"), family.get("start")
+        early = network_of(start, f"{spec['first_step']}/") if start else None
+        starts.append(early or (network_of(ticket) if ticket else initial(unit.spec)))
         kept.append(ticket.group("mask") if ticket else prune.full(model, starts[-1][0]))
     checkpoint, resume = None, None
     if len(units) == 1:
@@ -79,7 +81,8 @@ def _small(images: Artifact, train: TrainSpec, dataset: Dataset) -> tuple[Split,
 
 @stage("network", 1, many=train_many, group=_group)
 def train_network(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
-    """Train one network on real data, or on the set ``images``, from a ``ticket`` or from initialisation.
+    """Train one network on real data, or on the set ``images``, from a ``ticket`` or from initialisation, or on from the step
+    ``first_step`` of the network ``start``, with the mask of ``ticket`` if there is one.
 
     Tensors: params, buffers, those of the snapshots, and the training loss of each epoch. Result: error in [0, 1] and mean
     cross-entropy on the test images, last training loss, steps, and training points (images processed).
@@ -148,7 +151,9 @@ def make_ticket(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -
     settings = PruneSpec(**spec["prune"])
     start = network_of(parents["start"], f"{spec['rewind_step']}/") if "start" in parents else initial(spec)
     mask = prune.full(model, start[0])
-    if "control" in spec:
+    if spec.get("control") in LENT:
+        ticket = prune.rewind(start, start, _lent(spec, model, parents), spec["round"])
+    elif "control" in spec:
         ticket = _controlled(spec, model, parents["of"], start[0])
     elif "network" in parents:
         if "previous" in parents:
@@ -188,6 +193,21 @@ def _scored(context: Context, unit: Unit, model: ModelSpec, settings: PruneSpec,
     images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
     scores = getattr(prune, spec["score"])(model, *start, images, labels[chosen], mask)
     return prune.select(settings, scores, mask, count, model=model)
+
+
+def _lent(spec: Mapping[str, Any], model: ModelSpec, parents: Mapping[str, Artifact]) -> Mask:
+    """The mask of another initialisation's ticket ``of``; ``transferred``, in the order of this network's own channels.
+
+    The channels are those of both dense networks after training on real data: ``own``, and ``theirs``, whose mask it is.
+    """
+    found = parents["of"].group("mask")
+    mask = {name: found[name] for name in models.prunable(model)}
+    if spec["control"] == "borrowed":
+        return mask
+    theirs, own = (network_of(parents[role])[0] for role in ("theirs", "own"))
+    generator = tree.generator_for(spec["control_seed"], "matching")
+    found = alignment.weight_matching(model, theirs, own, generator=generator)
+    return alignment.transfer(model, mask, found)
 
 
 def _controlled(spec: Mapping[str, Any], model: ModelSpec, of: Artifact, start: Params) -> prune.Ticket:

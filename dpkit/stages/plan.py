@@ -5,58 +5,42 @@ Nothing is computed here: keys follow from specifications, so the whole plan is 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
-from dpkit.connectivity import PathSpec
-from dpkit.hessian import HessianSpec
-from dpkit.landscape import PlaneSpec
 from dpkit.models import forward_work
 from dpkit.stages.arms import SCORES
 from dpkit.stages.blocks import Blocks
+from dpkit.stages.curvature import Curvature
 from dpkit.stages.features import BACKWARD, score_work
+from dpkit.stages.landscapes import Landscapes
+from dpkit.stages.lines import Lines
+from dpkit.stages.places import Entry
 from dpkit.stages.unit import Unit
 
 #: the chapters that compute, and the frames that each one makes
 PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distillation", "transfer"), "tickets": ("tickets",),
                                      "masks": ("masks", "early_bird"), "robustness": ("robustness",),
-                                     "connectivity": ("connectivity", "alignment"), "landscape": ("landscape",),
+                                     "connectivity": ("connectivity", "train_paths", "alignment", "statistics", "instability",
+                                                      "layers", "between"),
+                                     "landscape": ("landscape", "plane_sets", "trajectory", "square", "around", "profile"),
                                      "hessian": ("hessian",)}
 CHAPTERS = tuple(PARTS)
 #: what tickets rest on has frames too: the networks of their searches, and the small sets of these
 FRAMES = (*(name for names in PARTS.values() for name in names), "searches", "search_sets")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of a chapter's frame: where it stands in the study (plain values) and the unit that holds its numbers."""
-
-    place: dict[str, Any]
-    unit: Unit
-
-
 @dataclass
-class Plan(Blocks):
+class Plan(Lines, Landscapes, Curvature):
     """The units of a study for one data set, by chapter. identity: ``Dataset.identity``; see :func:`dpkit.data.load`."""
 
     transferred: dict[str, Blocks] = field(default_factory=dict, repr=False)  # the units of each other architecture
-
-    def places(self) -> Iterable[tuple[str, int]]:
-        """All (arm, round) that are trained on real data and measured."""
-        yield "dense", 0
-        for arm in self.study.arms:
-            for round in sorted(set(self.study.at_rounds)):
-                yield arm, round
 
     @property
     def robust_round(self) -> int:
         """The round whose tickets' robustness is measured."""
         return self.study.robust_round or max(self.study.at_rounds)
-
-    def _place(self, arm: str, round: int, init: int, **more: Any) -> dict[str, Any]:
-        return {"arm": arm, "round": round, "percent": self.percent(round), "seed": init, **more}
 
     # --- chapters -------------------------------------------------------------------------------------------------------
     def data(self) -> list[Entry]:
@@ -90,67 +74,8 @@ class Plan(Blocks):
 
     def tickets(self) -> list[Entry]:
         """Every child of every ticket."""
-        return [Entry(self._place(arm, round, init, child=child), self.child(arm, init, round, child))
+        return [Entry(self.place(arm, round, init, child=child), self.child(arm, init, round, child))
                 for arm, round in self.places() for init in range(self.study.seeds) for child in range(self.study.children)]
-
-    def connectivity(self) -> list[Entry]:
-        """The path between each pair of children of one ticket."""
-        return [Entry(place, self.unit("path", self._path(), ends, f"path {label}")) for place, ends, label in self._pairs()]
-
-    def alignment(self) -> list[Entry]:
-        """The same pairs with the channels of the second child in the order that matches the first, and their distances."""
-        rows = []
-        for place, ends, label in self._pairs():
-            arm, round, init = place["arm"], place["round"], place["seed"]
-            spec = self._path() | {"seed": self.seed_at("alignment", init), "init_seed": self.seed_at("init", init)}
-            parents = ends if arm == "dense" else ends | {"ticket": self.ticket(arm, init, round)}
-            rows.append(Entry(place, self.unit("alignment", spec, parents, f"alignment {label}")))
-        return rows
-
-    def _path(self) -> dict[str, Any]:
-        spec = PathSpec(points=self.study.points, statistics=self.study.statistics, precision=self.study.path_precision)
-        return {"data": self.identity, "model": self.model, "path": spec.to_dict()}
-
-    def _pairs(self) -> Iterable[tuple[dict[str, Any], dict[str, Unit], str]]:
-        """(place, both children, label) of each pair of children of one ticket."""
-        for arm, round in self.places():
-            for init in range(self.study.seeds):
-                for a, b in combinations(range(self.study.children), 2):
-                    ends = {"a": self.child(arm, init, round, a), "b": self.child(arm, init, round, b)}
-                    yield (self._place(arm, round, init, pair=f"{a}-{b}"), ends,
-                           f"{arm} {init}, round {round}, children {a}-{b}")
-
-    def landscape(self) -> list[Entry]:
-        """The plane through three children of the first initialisation, at the last measured round."""
-        spec = PlaneSpec(resolution=self.study.plane_resolution, images=min(self.study.plane_images, self.identity["test"]),
-                         statistics="reestimate" if self.study.statistics == "reestimate" else "keep",
-                         precision=self.study.path_precision).to_dict()
-        rows = []
-        for arm in self.study.plane_arms:
-            round = 0 if arm == "dense" else max(self.study.at_rounds)
-            corners = {name: self.child(arm, 0, round, c) for c, name in enumerate("abc")}
-            unit = self.unit("plane", {"data": self.identity, "model": self.model, "plane": spec}, corners,
-                              f"plane {arm}, round {round}")
-            rows.append(Entry(self._place(arm, round, 0), unit))
-        return rows
-
-    def hessian(self) -> list[Entry]:
-        """Curvature at the first child of each ticket, at the last measured round."""
-        study = self.study
-        spec = HessianSpec(images=min(study.hessian_images, self.identity["train"]), probes=study.probes,
-                           lanczos_steps=study.lanczos_steps).to_dict()
-        rows = []
-        for arm in study.hessian_arms:
-            round = 0 if arm == "dense" else max(study.at_rounds)
-            for init in range(study.seeds):
-                parents = {"network": self.child(arm, init, round, 0)}
-                if arm != "dense":
-                    parents["ticket"] = self.ticket(arm, init, round)
-                unit = self.unit("hessian", {"data": self.identity, "model": self.model, "hessian": spec,
-                                              "seed": self.seed_at("hessian", init)}, parents,
-                                  f"hessian {arm} {init}, round {round}")
-                rows.append(Entry(self._place(arm, round, init), unit))
-        return rows
 
     def masks(self) -> list[Entry]:
         """The comparison of all arms' masks, one for each measured round and initialisation.
@@ -191,7 +116,7 @@ class Plan(Blocks):
                 unit = self.unit("robustness", {"data": self.identity, "model": self.model, "robustness": spec,
                                                 "seed": self.seed_at("corruptions")},
                                  {"network": self.child(arm, init, round, 0)}, f"robustness {arm} {init}, round {round}")
-                rows.append(Entry(self._place(arm, round, init, child=0), unit))
+                rows.append(Entry(self.place(arm, round, init, child=0), unit))
         return rows
 
     def searches(self) -> list[Entry]:
@@ -209,7 +134,7 @@ class Plan(Blocks):
             for init in range(self.study.seeds):
                 if found.score in SCORES:
                     points, passes = score_work(found.score, self.study.score_per_class * self.identity["classes"])
-                    place = self._place(arm, last, init, search_round=0, pieces=1, networks=0, part=1.0, decoded=1,
+                    place = self.place(arm, last, init, search_round=0, pieces=1, networks=0, part=1.0, decoded=1,
                                         image_flops=passes * forward, points=points)
                     rows.append(Entry(place, self.ticket(found.of or arm, init, last)))
                 units = [(unit, 1.0) for unit in self.searches_of(arm, init, last)]
@@ -219,7 +144,7 @@ class Plan(Blocks):
                 for number, (unit, part) in enumerate(units):
                     images = unit.parents.get("images")
                     decoded = images.spec["distill"].get("factor", 1) ** 2 if images else 1
-                    place = self._place(arm, last, init, search_round=number, pieces=len(units), networks=len(units), part=part,
+                    place = self.place(arm, last, init, search_round=number, pieces=len(units), networks=len(units), part=part,
                                         decoded=decoded, image_flops=BACKWARD * forward)
                     rows.append(Entry(place, unit))
         return rows
@@ -231,7 +156,7 @@ class Plan(Blocks):
             for init in range(self.study.seeds):
                 sets = {u.parents["images"].key: u.parents["images"] for u in self.searches_of(arm, init, last)
                         if "images" in u.parents}
-                rows += [Entry(self._place(arm, last, init), images) for images in sets.values()]
+                rows += [Entry(self.place(arm, last, init), images) for images in sets.values()]
         return rows
 
     def chapter(self, name: str) -> list[Entry]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dpkit.spec import parse
-from dpkit.stages.study import Study
+from dpkit.stages.study import ARMED, Study
 
 FIELDS: dict[str, Any] = {name: kind for name, kind in typing.get_type_hints(Study).items()
                           if name in {f.name for f in dataclasses.fields(Study)}}
@@ -54,7 +54,7 @@ def read_profile(name: str) -> dict[str, Any]:
 def load_study(profile: str, overrides: dict[str, Any] | None = None) -> Study:
     """The study of a profile with some parameters changed; words are read as the declared types.
 
-    Where ``arms`` changes and plane_arms, hessian_arms or robust_arms do not, arms that are gone are not measured either.
+    Where ``arms`` changes and the lists of arms to be measured do not, arms that are gone are not measured either.
     Raises ``ValueError`` on an unknown profile or parameter, a wrong type or a value out of range.
     """
     settings: dict[str, Any] = {}
@@ -64,8 +64,8 @@ def load_study(profile: str, overrides: dict[str, Any] | None = None) -> Study:
                 raise unknown("parameter", str(name), FIELDS)
             # YAML reads 1e-3 as a word, so words are parsed from files too
             settings[name] = parse(name, value, FIELDS[name])
-        for name in ("plane_arms", "hessian_arms", "robust_arms"):
+        for name in (f"{part}_arms" for part in ARMED):
             if "arms" in source and name not in source:
                 before = settings.get(name, getattr(Study, name))
-                settings[name] = tuple(a for a in before if a in ("dense", *settings["arms"])) or ("dense",)
+                settings[name] = tuple(a for a in before if a in ("dense", *settings["arms"])) or ("dense",) * bool(before)
     return Study(**settings)

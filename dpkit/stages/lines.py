@@ -1,0 +1,137 @@
+"""The chapter on connectivity: what is measured between which networks."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+from typing import Any
+
+from dpkit.connectivity import STATISTICS
+from dpkit.stages.places import Entry, Places
+from dpkit.stages.unit import Unit
+
+
+@dataclass
+class Lines(Places):
+    """Paths between networks of a study."""
+
+    normed: dict[str, Lines] = field(default_factory=dict, repr=False)  # the units of this study with another norm
+
+    def connectivity(self) -> list[Entry]:
+        """The path between each pair of children of one ticket."""
+        return [Entry(place, self._path(ends, label)) for place, ends, label in self.pairs()]
+
+    def train_paths(self) -> list[Entry]:
+        """The same paths on training images."""
+        count = min(self.study.train_path_images, self.identity["train"])
+        if not count:
+            return []
+        return [Entry(place, self._path(ends, f"{label}, training images", on="train", images=count))
+                for place, ends, label in self.pairs()]
+
+    def alignment(self) -> list[Entry]:
+        """The same pairs with the channels of the second child in the order that matches the first, and their distances."""
+        rows = []
+        for place, ends, label in self.pairs():
+            arm, round, init = place["arm"], place["round"], place["seed"]
+            spec = self._path_spec() | {"seed": self.seed_at("alignment", init), "init_seed": self.seed_at("init", init)}
+            parents = ends if arm == "dense" else ends | {"ticket": self.ticket(arm, init, round)}
+            rows.append(Entry(place, self.unit("alignment", spec, parents, f"alignment {label}")))
+        return rows
+
+    def statistics(self) -> list[Entry]:
+        """Paths in a network with BatchNorm, with each kind of statistics on the way."""
+        study, norm = self.study, self.study.measured_norm
+        if not study.statistics_arms:
+            return []
+        if norm == study.norm:
+            other = self
+        else:
+            other = self.normed.setdefault(norm, Lines(study.replace(norm=norm), self.identity))
+        rows = []
+        for place, ends, label in other.pairs(study.statistics_arms):
+            for kind in STATISTICS:
+                unit = other._path(ends, f"{label}, norm {norm}, {kind}", statistics=kind)
+                rows.append(Entry(place | {"statistics": kind, "norm": norm}, unit))
+        return rows
+
+    @property
+    def spawn_steps(self) -> dict[int, float]:
+        """The steps at which children part, with the epochs that were asked for."""
+        per_epoch = self.study.train.steps_per_epoch(self.identity["train"])
+        return {max(1, round(epochs * per_epoch)): epochs for epochs in sorted(self.study.spawn_epochs)}
+
+    def instability(self) -> list[Entry]:
+        """Paths between children that share their first steps (Frankle et al. 2020, arXiv 1912.05671, section 3).
+
+        At step 0 they are the children that are there anyway. An arm that starts from a later step has no children before it.
+        """
+        rows, seeds = [], range(self.study.spawn_seeds or self.study.seeds)
+        for arm, round in self.places(self.study.spawn_arms):
+            first = 0 if arm == "dense" else self.first_step(arm)
+            steps = {first: first / self.study.train.steps_per_epoch(self.identity["train"])} | self.spawn_steps
+            for step, epochs in steps.items():
+                for init in seeds if step >= first else ():
+                    for a, b in combinations(range(self.study.children), 2):
+                        ends = {"a": self._parted(arm, init, round, a, step), "b": self._parted(arm, init, round, b, step)}
+                        label = f"{arm} {init}, round {round}, children {a}-{b} from step {step}"
+                        rows.append(Entry(self.place(arm, round, init, step=step, epochs=epochs, pair=f"{a}-{b}"),
+                                          self._path(ends, label)))
+        return rows
+
+    def _parted(self, arm: str, init: int, round: int, child: int, step: int) -> Unit:
+        """The child that has shared its first ``step`` steps with the others."""
+        first = 0 if arm == "dense" else self.first_step(arm)
+        if step == first:
+            return self.child(arm, init, round, child)
+        return self.spawned(arm, init, round, child, step, tuple(s for s in self.spawn_steps if s > first))
+
+    def layers(self) -> list[Entry]:
+        """The first two children of each ticket, one layer moved at a time."""
+        rows = []
+        for place, ends, label in self.pairs(self.study.layer_arms):
+            if place["pair"] == "0-1":
+                rows.append(Entry(place, self.unit("layers", self._path_spec(error_tolerance=0.0), ends, f"layers {label}")))
+        return rows
+
+    def between(self) -> list[Entry]:
+        """Paths between networks that share an initialisation but not a ticket.
+
+        ``rounds``: the networks that one search trained in successive rounds (Paul et al. 2023, arXiv 2210.03044). ``solution``:
+        what a search trained on its small set, and the first child, trained on real data from the same ticket. ``arms``: the
+        first children of two arms at one round. Searches on images of another space have no paths with others.
+        """
+        rows = []
+        for relation, one, other, init, ends in self._relations():
+            (arm, round), (to, to_round) = one, other
+            place = self.place(arm, round, init, relation=relation, other=to, other_round=to_round)
+            place["percent"] = self.percent(max(round, to_round))
+            rows.append(Entry(place, self._path(dict(zip("ab", ends, strict=True)),
+                                                f"{relation} {arm} {round} to {to} {to_round}, {init}")))
+        return rows
+
+    def _relations(self) -> Iterable[tuple[str, tuple[str, int], tuple[str, int], int, tuple[Unit, Unit]]]:
+        study, rounds = self.study, sorted(set(self.study.at_rounds))
+        for init in range(study.seeds):
+            for arm in study.between_arms:
+                if arm == "dense":
+                    continue
+                found = study.arm(arm)
+                foreign = found.source.removesuffix("_soft") in study.published_files
+                if found.trains and not (found.once or found.control or foreign):
+                    for a, b in pairwise(range(study.rounds)):
+                        yield "rounds", (arm, a), (arm, b), init, (self.searched(arm, init, a), self.searched(arm, init, b))
+                if found.trains and found.source != "real" and not (found.control or foreign):
+                    for round in (0, *(r for r in rounds if r < study.rounds)):
+                        child = self.child(arm if round else "dense", init, round, 0)
+                        yield "solution", (arm, round), (arm, round), init, (self.searched(arm, init, round), child)
+            for round in rounds:
+                for a, b in combinations([arm for arm in study.between_arms if arm != "dense"], 2):
+                    yield "arms", (a, round), (b, round), init, (self.child(a, init, round, 0), self.child(b, init, round, 0))
+
+    def _path_spec(self, **changes: Any) -> dict[str, Any]:
+        return {"data": self.identity, "model": self.model, "path": self.study.path.replace(**changes).to_dict()}
+
+    def _path(self, ends: dict[str, Unit], label: str, *, statistics: str | None = None, **more: Any) -> Unit:
+        changes = {"statistics": statistics} if statistics else {}
+        return self.unit("path", self._path_spec(**changes) | more, ends, f"path {label}")
