@@ -269,5 +269,6 @@ def test_stages_are_registered_under_the_names_that_are_stored():
 
     assert {name: s.version for name, s in STAGES.items()} == dict.fromkeys(
         ("distill", "published", "soften", "network", "ticket", "masks", "early_bird", "robustness", "path", "alignment",
-         "layers", "plane", "square", "around", "profile", "trajectory", "hessian"), 1)
+         "layers", "plane", "square", "around", "profile", "trajectory", "hessian",
+         "sharpness", "spectrum", "diagonal", "removed", "edge"), 1)
     assert STAGES["network"].many is make.train_many

@@ -33,6 +33,15 @@ MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
             "plane": ("highest_error", "lowest_error"), "square": ("highest_error", "lowest_error", "off"),
             "around": ("highest_error", "lowest_error"), "profile": ("error", "loss", "error_rise", "loss_rise"),
             "trajectory": ("outside_start", "outside_halfway"), "layers": ("highest_barrier", "highest_others_barrier"),
+            "sharpness": ("sharpness", "sharpness_first", "adaptive_sharpness", "adaptive_first", "average_sharpness",
+                          "average_sharpness_error", "adaptive_average", "adaptive_average_error", "fisher_rao",
+                          "fisher_rao_error", "loss"),
+            "spectrum": tuple(name + end for name in (
+                "trace", "top_eigenvalue", "frobenius", "negative_total", "negative_fraction", "rank_entropy",
+                "rank_participation", "gn_trace", "gn_top", "fisher_trace") for end in ("", "_error"))
+            + ("size", "products", "lowest_eigenvalue", "last_layer_mean", "negative_low", "negative_high"),
+            "diagonal": ("exact", "published_mean", "published_surviving", "published_error", "size", "surviving"),
+            "removed": ("images",), "edge": ("edge_highest", "edge_last"),
             "hessian": ("trace", "trace_error", "top_eigenvalue", "top_eigenvalue_error", "surviving", "trace_per_weight",
                         "diagonal_negative", "diagonal_error", "products")}
 

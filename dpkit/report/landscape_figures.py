@@ -152,7 +152,7 @@ def surfaces(grids: Mapping[str, Grid], value: str = "losses", *, label: str = "
         panel.plot_surface(x, y, height(found[name]), facecolors=cm.ScalarMappable(norm, COLOURS).to_rgba(found[name]), lw=0.15,
                            edgecolor=(1, 1, 1, 0.35), rcount=lines, ccount=lines, shade=False, antialiased=True, zorder=3)
         panel.set(zlim=(floor, high), xlim=(x.min(), x.max()), ylim=(y.min(), y.max()))
-        panel.set_title(parts.caption(name, 30), fontsize=9, y=0.94)
+        panel.set_title(parts.caption(name, 30), fontsize=9, y=1.0)
         panel.view_init(elev=28, azim=-58)
         panel.tick_params(labelsize=6.5, pad=-3)
         for axis in (panel.xaxis, panel.yaxis):

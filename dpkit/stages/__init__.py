@@ -1,5 +1,5 @@
 """Stages: where mathematics meets disk. A study's settings become units, units become artifacts."""
-from dpkit.stages import compare, connect, make, measure, sets, terrain  # noqa: F401  importing them registers their stages
+from dpkit.stages import bend, compare, connect, make, measure, sets, terrain  # noqa: F401  importing them registers their stages
 from dpkit.stages.arms import ARMS, CONTROLS, SUFFIXES
 from dpkit.stages.places import Entry
 from dpkit.stages.plan import CHAPTERS, FRAMES, Plan, parse_share

@@ -1,31 +1,96 @@
-"""The chapter on curvature: where the Hessian is measured."""
+"""The chapter on curvature: where it is measured, and how."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from dpkit.hessian import HessianSpec
+from dpkit.hessian import HessianSpec, SharpnessSpec, SparseSpec
+from dpkit.hessian.spectrum import SpectrumSpec
 from dpkit.stages.places import Entry, Places
+from dpkit.stages.unit import Unit
 
 
 @dataclass
 class Curvature(Places):
-    """Curvature at networks of a study."""
+    """Curvature and sharpness at networks of a study, and of what masks remove."""
 
     def hessian(self) -> list[Entry]:
-        """Curvature at the first child of each ticket, at the last measured round."""
+        """Trace, diagonal and top eigenvalue at the first child of each ticket."""
         study = self.study
-        spec = HessianSpec(images=min(study.hessian_images, self.identity["train"]), probes=study.probes,
-                           lanczos_steps=study.lanczos_steps).to_dict()
-        rows = []
-        for arm in study.hessian_arms:
-            round = self.last(arm)
-            for init in range(study.seeds):
-                parents = {"network": self.child(arm, init, round, 0)}
-                if arm != "dense":
-                    parents["ticket"] = self.ticket(arm, init, round)
-                unit = self.unit("hessian", {"data": self.identity, "model": self.model, "hessian": spec,
-                                              "seed": self.seed_at("hessian", init)}, parents,
-                                  f"hessian {arm} {init}, round {round}")
-                rows.append(Entry(self.place(arm, round, init), unit))
+        spec = HessianSpec(images=self._images, probes=study.probes, lanczos_steps=study.lanczos_steps).to_dict()
+        return [Entry(place, self._measured("hessian", {"hessian": spec}, place, parents, "hessian"))
+                for place, parents in self._networks(study.hessian_arms)]
+
+    def sharpness(self) -> list[Entry]:
+        """Plain and adaptive sharpness of the same networks."""
+        study = self.study
+        spec = SharpnessSpec(images=self._images, radius=study.sharpness_radius,
+                             adaptive_radius=study.adaptive_radius).to_dict()
+        return [Entry(place, self._measured("sharpness", {"sharpness": spec}, place, parents, "sharpness"))
+                for place, parents in self._networks(study.sharpness_arms)]
+
+    def spectra(self) -> list[Entry]:
+        """The whole spectrum at the first child of each ticket, at the last measured round."""
+        study = self.study
+        spec = SpectrumSpec(images=self._images, eigenvalues=study.eigenvalues, pair_products=study.pair_products,
+                            probes=study.density_probes, steps=study.density_steps).to_dict()
+        return [Entry(place, self._measured("spectrum", {"spectrum": spec}, place, parents, "spectrum"))
+                for place, parents in self._networks(study.spectrum_arms, last=True)]
+
+    def diagonals(self) -> list[Entry]:
+        """The published protocol's diagonal: on one augmented batch, in train mode, pruned entries included."""
+        study, rows = self.study, []
+        spec = HessianSpec.published(probes=study.diagonal_probes).to_dict()
+        how = {"hessian": spec, "augment": study.set_augment, "limit": study.diagonal_limit}
+        for place, parents in self._networks(study.diagonal_arms, last=True):
+            rows.append(Entry(place, self._measured("diagonal", how, place, parents, "published diagonal")))
         return rows
 
+    def removed(self) -> list[Entry]:
+        """What the arms' masks remove from the dense network's sharp directions, on real data or on small sets."""
+        rows, study = [], self.study
+        round = max(study.at_rounds)
+        for on in study.removed_on:
+            for init in range(study.seeds):
+                tickets = {arm: self.ticket(arm, init, round) for arm in study.arms if not study.arm(arm).control
+                           and self.shared_with(arm, round) not in study.arms}
+                if not tickets:
+                    continue
+                images = {} if on == "real" else {"images": self.small_set(on, init)}
+                spec = SparseSpec(images=self._images, probes=study.removed_probes, directions=study.eigenvalues,
+                                  lanczos_steps=study.pair_products, draws=study.removed_draws).to_dict()
+                unit = self.unit("removed", {"data": self.identity, "model": self.model, "removed": spec, "arms": list(tickets),
+                                             "seed": self.seed_at("removed", init)},
+                                 {"network": self.dense(init, "search"), **tickets, **images}, f"removed weights {init}, on {on}")
+                place = {"round": round, "percent": self.percent(round), "seed": init, "on": on}
+                rows.append(Entry(place, unit))
+        return rows
+
+    def edge(self) -> list[Entry]:
+        """The top eigenvalue along the training of the first child of each ticket."""
+        rows, study = [], self.study
+        spec = HessianSpec(images=self._images, lanczos_steps=study.lanczos_steps).to_dict()
+        for place, parents in self._networks(study.edge_arms, last=True):
+            way = self.tracked(place["arm"], place["seed"], place["round"], 0, study.edge_points)
+            how = {"hessian": spec, "train": study.train.to_dict()}
+            rows.append(Entry(place, self._measured("edge", how, place, parents | {"network": way}, "top eigenvalue along")))
+        return rows
+
+    @property
+    def _images(self) -> int:
+        return min(self.study.hessian_images, self.identity["train"])
+
+    def _networks(self, arms: Iterable[str], last: bool = False) -> Iterable[tuple[dict[str, Any], dict[str, Unit]]]:
+        """(place, the first child and its ticket) of each arm; of the last measured round only, or of all ``hessian_rounds``."""
+        study = self.study
+        for arm in arms:
+            rounds = sorted(set(study.hessian_rounds)) if study.hessian_rounds and not last else [max(study.at_rounds)]
+            for round in [0] if arm == "dense" else rounds:
+                for init in range(study.seeds):
+                    ticket = {} if arm == "dense" else {"ticket": self.ticket(arm, init, round)}
+                    yield self.place(arm, round, init), {"network": self.child(arm, init, round, 0), **ticket}
+
+    def _measured(self, stage: str, how: dict[str, Any], place: dict[str, Any], parents: dict[str, Unit], word: str) -> Unit:
+        spec = {"data": self.identity, "model": self.model, **how, "seed": self.seed_at("hessian", place["seed"])}
+        return self.unit(stage, spec, parents, f"{word} {place['arm']} {place['seed']}, round {place['round']}")

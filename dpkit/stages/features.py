@@ -274,19 +274,55 @@ def _trajectory(spec: Mapping[str, Any], parents: Specs) -> Features:
     return Features("compare", {"unit": 1, "mweight": 3 * steps * sizes(model_of(spec)).parameters / 1e6})
 
 
-def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
-    asked, net = spec["hessian"], sizes(model_of(spec))
-    products = asked["probes"] + asked["lanczos_steps"]
-    total = products * asked["images"] * TWICE
-    return Features(f"hessian/{_ways(asked)}", {"unit": 1, "step": products * -(-asked["images"] // CHUNK),
+def _products(asked: Mapping[str, Any], spec: Mapping[str, Any], products: float, images: int) -> Features:
+    """So many Hessian products; ``asked`` says in which precision."""
+    net, total = sizes(model_of(spec)), products * images * TWICE
+    return Features(f"hessian/{_ways(asked)}", {"unit": 1, "step": products * -(-images // CHUNK),
                                                 "gflop": total * net.flops / 1e9,
                                                 **_moved(model_of(spec), total * net.moved * itemsize(asked) / 1e9)})
+
+
+def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["hessian"]
+    return _products(asked, spec, asked["probes"] + asked["lanczos_steps"], asked["images"])
+
+
+def _sharpness(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["sharpness"]
+    # a gradient takes a third of a product, a pass of noise a ninth
+    return _products(asked, spec, (2 * (asked["steps"] + 2) * BACKWARD + 4 * asked["pairs"] + 8) / TWICE, asked["images"])
+
+
+def _spectrum(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["spectrum"]
+    products = (asked["pair_products"] + asked["eigenvalues"] + 2 * asked["trace_probes"] + asked["probes"] * asked["steps"]
+                + 2 * asked["other_probes"] + asked["other_steps"])
+    return _products(asked, spec, products, asked["images"])
+
+
+def _diagonal(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked, entries = spec["hessian"], sizes(model_of(spec)).prunable
+    return _products(asked, spec, entries if entries <= spec["limit"] else asked["probes"], asked["images"])
+
+
+def _removed(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["removed"]
+    images = set_images(parents["images"]["distill"], spec["data"]["classes"]) if "images" in parents else asked["images"]
+    products = asked["probes"] + asked["lanczos_steps"] + len(spec["arms"]) * (1 + asked["draws"]) * (1 + 1 / TWICE)
+    return _products(asked, spec, products, images)
+
+
+def _edge(spec: Mapping[str, Any], parents: Specs) -> Features:
+    asked = spec["hessian"]
+    points = len(parents["network"]["snapshots"]) if "network" in parents else 1
+    return _products(asked, spec, points * asked["lanczos_steps"], asked["images"])
 
 
 _FEATURES = {"network": _network, "distill": _distill, "soften": _soften, "published": _published,
              "ticket": _ticket, "masks": _masks, "early_bird": _early_bird, "robustness": _robustness, "path": _path,
              "layers": _layers, "alignment": _alignment, "plane": _plane, "square": _plane, "around": _plane, "profile": _plane,
-             "trajectory": _trajectory, "hessian": _hessian}
+             "trajectory": _trajectory, "hessian": _hessian, "sharpness": _sharpness, "spectrum": _spectrum,
+             "diagonal": _diagonal, "removed": _removed, "edge": _edge}
 
 
 def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | None:

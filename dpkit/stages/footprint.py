@@ -7,6 +7,7 @@ from typing import Any
 
 from dpkit.distill import METHODS, MTTSpec
 from dpkit.distill import spec_of as distill_spec
+from dpkit.hessian.spectrum import POINTS
 from dpkit.models import prunable
 from dpkit.stages.features import (
     CHUNK,
@@ -57,6 +58,15 @@ def disk(stage: str, spec: Mapping[str, Any], parents: Specs) -> int:
         numbers = 16 * spec["profile"]["directions"] * spec["profile"]["points"]
     elif stage == "trajectory":
         numbers = 100 * len(parents["way_a"]["snapshots"]) if "way_a" in parents else 0
+    elif stage == "spectrum":
+        asked = spec["spectrum"]
+        numbers = 16 * (asked["eigenvalues"] + asked["probes"] * (asked["steps"] + asked["eigenvalues"])) + 24 * POINTS
+    elif stage == "diagonal":
+        numbers = 9 * net.prunable
+    elif stage == "removed":
+        numbers = 8 * len(spec["arms"]) * (20 + spec["removed"]["draws"])
+    elif stage == "edge":
+        numbers = 48 * len(parents["network"]["snapshots"]) if "network" in parents else 0
     elif stage == "hessian":
         ticket = parents.get("ticket")
         numbers = 8 * net.prunable * ((1 - ticket["prune"]["fraction"]) ** ticket["round"] if ticket else 1)
@@ -101,10 +111,11 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         needed = 12 * pixels * shown + kept + evaluated + 2 * weights
     elif stage in ("path", "plane", "square", "around", "profile", "layers", "alignment"):
         needed = 4 * pixels * (data["test"] + 1000) + evaluated + 6 * weights
-    elif stage == "hessian":
-        asked = spec["hessian"]
+    elif stage in ("hessian", "sharpness", "spectrum", "diagonal", "removed", "edge"):
+        asked = next(spec[name] for name in ("hessian", "sharpness", "spectrum", "removed") if name in spec)
+        vectors = asked.get("lanczos_steps", 0) + asked.get("pair_products", 0) + asked.get("directions", 0)
         size = 2 if asked.get("dtype") == "float64" else 1
-        needed = 4 * kept * size * min(CHUNK, asked["images"]) + weights * (8 + asked["lanczos_steps"]) * size
+        needed = 4 * kept * size * min(CHUNK, asked["images"]) + weights * (8 + vectors) * size
     compiled = any(part.get("compile") for part in spec.values() if isinstance(part, Mapping))
     return BASE_MEMORY + loaded + needed + (COMPILER_MEMORY if compiled else 0)
 

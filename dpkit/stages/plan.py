@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distil
                                      "connectivity": ("connectivity", "train_paths", "alignment", "statistics", "instability",
                                                       "layers", "between"),
                                      "landscape": ("landscape", "plane_sets", "trajectory", "square", "around", "profile"),
-                                     "hessian": ("hessian",)}
+                                     "hessian": ("hessian", "sharpness", "spectra", "diagonals", "removed", "edge")}
 CHAPTERS = tuple(PARTS)
 #: what tickets rest on has frames too: the networks of their searches, and the small sets of these
 FRAMES = (*(name for names in PARTS.values() for name in names), "searches", "search_sets")

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpkit.connectivity import STATISTICS, PathSpec
-from dpkit.hessian import HessianSpec
+from dpkit.hessian import HessianSpec, SharpnessSpec, SparseSpec
+from dpkit.hessian.spectrum import SpectrumSpec
 from dpkit.landscape import AroundSpec, PlaneSpec, ProfileSpec, SquareSpec
 from dpkit.models import ModelSpec
 from dpkit.robustness import RobustnessSpec
@@ -35,7 +36,11 @@ class Study(Making):
     around_resolution (random filter-normalised directions); and of all: profile_arms, profile_directions, profile_points (lines
     in such directions). reach: how far random directions go, in filters' norms.
 
-    Curvature: hessian_arms, hessian_images, probes, lanczos_steps.
+    Curvature, on hessian_images: hessian_arms, probes, lanczos_steps; sharpness_arms, sharpness_radius, adaptive_radius (as in
+    ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At the last one: spectrum_arms, eigenvalues,
+    pair_products, density_probes, density_steps (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes, diagonal_limit (the
+    published protocol's diagonal, exact up to so many entries); removed_on (``real``, or small sets: what masks remove from the
+    dense network's curvature), removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue along training).
     """
 
     children: int = 2
@@ -78,6 +83,23 @@ class Study(Making):
     hessian_images: int = 500
     probes: int = 20
     lanczos_steps: int = 20
+    hessian_rounds: tuple[int, ...] = ()
+    sharpness_arms: tuple[str, ...] = ()
+    sharpness_radius: float = 0.05
+    adaptive_radius: float = 0.5
+    spectrum_arms: tuple[str, ...] = ()
+    eigenvalues: int = 10
+    pair_products: int = 60
+    density_probes: int = 10
+    density_steps: int = 40
+    diagonal_arms: tuple[str, ...] = ()
+    diagonal_probes: int = 100
+    diagonal_limit: int = 0
+    removed_on: tuple[str, ...] = ()
+    removed_probes: int = 100
+    removed_draws: int = 10
+    edge_arms: tuple[str, ...] = ()
+    edge_points: int = 8
 
     def check(self) -> None:
         super().check()
@@ -86,7 +108,10 @@ class Study(Making):
         self.choose("plane_sets", (name for name in self.known_sets if name.removesuffix(SOFT) in SETS))
         for part in ARMED:
             self.choose(f"{part}_arms", ("dense", *self.arms))
-        for name in ("early_bird_points", "profile_directions"):
+        self.choose("removed_on", ("real", *(name for name in self.known_sets if name.removesuffix(SOFT) in SETS)))
+        wrong = [r for r in self.hessian_rounds if r not in self.at_rounds]
+        self.require(not wrong, f"hessian_rounds must be among at_rounds ({', '.join(map(str, self.at_rounds))}), got {wrong}")
+        for name in ("early_bird_points", "profile_directions", "edge_points"):
             self.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
         for name in ("train_path_images", "trajectory_points"):
             self.require(getattr(self, name) >= 0, f"{name} must be >= 0 (0: none), got {getattr(self, name)}")
@@ -112,6 +137,14 @@ class Study(Making):
         checked(lambda: ProfileSpec(points=self.profile_points, reach=self.reach), points="profile_points")
         checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
                 images="hessian_images")
+        checked(lambda: SpectrumSpec(eigenvalues=self.eigenvalues, pair_products=self.pair_products, probes=self.density_probes,
+                                     steps=self.density_steps), probes="density_probes", steps="density_steps")
+        checked(lambda: SharpnessSpec(radius=self.sharpness_radius, adaptive_radius=self.adaptive_radius),
+                radius="sharpness_radius")
+        checked(lambda: SparseSpec(probes=self.removed_probes, draws=self.removed_draws, directions=self.eigenvalues,
+                                   lanczos_steps=self.pair_products), probes="removed_probes", draws="removed_draws")
+        checked(lambda: HessianSpec.published(probes=self.diagonal_probes), probes="diagonal_probes")
+        self.require(self.diagonal_limit >= 0, f"diagonal_limit must be >= 0 (0: never exact), got {self.diagonal_limit}")
 
     # --- conversions to specifications ------------------------------------------------------------------------------------
     @property
@@ -136,4 +169,5 @@ class Study(Making):
 
 
 #: what has a parameter of its own for its arms, which must be among those of the study
-ARMED = ("plane", "hessian", "robust", "statistics", "spawn", "layer", "between", "square", "around", "profile")
+ARMED = ("plane", "hessian", "robust", "statistics", "spawn", "layer", "between", "square", "around", "profile",
+         "sharpness", "spectrum", "diagonal", "edge")

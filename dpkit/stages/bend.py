@@ -1,0 +1,214 @@
+"""Stages that measure curvature: at trained networks, of what masks remove, and along training."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpkit import hessian, models, tree
+from dpkit.data import AugmentSpec, augment, normalise
+from dpkit.hessian import Estimate, HessianSpec, Operator, SharpnessSpec, SparseSpec
+from dpkit.hessian.spectrum import SpectrumSpec, curve, spectrum
+from dpkit.models import ModelSpec
+from dpkit.stages.connect import on_device
+from dpkit.stages.make import network_of
+from dpkit.stages.sets import read_set
+from dpkit.stages.unit import Context, Output, Unit, stage
+from dpkit.store import Artifact
+from dpkit.training import TrainSpec
+from dpkit.tree import Mask
+
+
+def _fixed(context: Context, unit: Unit, count: int, parents: Mapping[str, Artifact]) -> tuple[Tensor, Tensor]:
+    """The fixed, un-augmented, class-balanced training images and their labels, or all images of the small set ``images``."""
+    dataset = context.dataset(unit.data)
+    if "images" in parents:
+        small = read_set(parents["images"])
+        return (normalise(small.images, dataset.mean, dataset.std).to(context.device), small.labels.to(context.device))
+    chosen = hessian.subset(dataset.train.labels, min(count, len(dataset.train)))
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
+    return images.to(context.device), dataset.train.labels[chosen].to(context.device)
+
+
+def _mask(context: Context, parents: Mapping[str, Artifact]) -> Mask | None:
+    return tree.to(parents["ticket"].group("mask"), context.device) if "ticket" in parents else None
+
+
+def _named(**found: Estimate) -> dict[str, float]:
+    """Values and standard errors under ``NAME`` and ``NAME_error``."""
+    return {name + end: getattr(estimate, field) for name, estimate in found.items()
+            for end, field in (("", "value"), ("_error", "standard_error"))}
+
+
+@stage("hessian", 1)
+def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Trace, diagonal and top eigenvalue at a trained network, on surviving weights. Result: values and standard errors."""
+    spec, model = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"])
+    images, labels = _fixed(context, unit, spec.images, parents)
+    network, mask = on_device(context.device, parents["network"]), _mask(context, parents)
+    op = Operator.from_spec(spec.replace(images=len(images)), model, *network, images, labels, mask=mask, compile="auto")
+    trace, diagonal = hessian.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
+    steps = min(spec.lanczos_steps, op.size)
+    top = hessian.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))
+    values = diagonal.values.double()
+    negative = float((values < -2 * diagonal.standard_errors.double()).double().mean())
+    return Output({"diagonal": diagonal.values.float(), "diagonal_error": diagonal.standard_errors.float()},
+                  {"trace": trace.value, "trace_error": trace.standard_error, "top_eigenvalue": top.value,
+                   "top_eigenvalue_error": top.standard_error, "surviving": op.size,
+                   "trace_per_weight": trace.value / op.size, "diagonal_negative": negative,
+                   "diagonal_error": float(torch.sqrt((diagonal.standard_errors.double() ** 2).mean())),
+                   "products": trace.products + top.products})
+
+
+@stage("sharpness", 1)
+def measure_sharpness(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Plain and adaptive sharpness, worst case and average, and the squared Fisher-Rao norm, on surviving weights; all in nats.
+
+    Result: sharpness and adaptive_sharpness with those of SAM's one step (``_first``), average_sharpness, adaptive_average and
+    fisher_rao with standard errors, and the loss on the same images.
+    """
+    spec, model = SharpnessSpec(**unit.spec["sharpness"]), ModelSpec(**unit.spec["model"])
+    images, labels = _fixed(context, unit, spec.images, parents)
+    loss = hessian.fixed_loss(model, *on_device(context.device, parents["network"]), images, labels, _mask(context, parents),
+                              count=len(images), dtype=spec.dtype)
+    found = hessian.measure(spec, loss, tree.generator_for(unit.spec["seed"], "sharpness"))
+    return Output({}, {"sharpness": found.plain.value, "sharpness_first": found.plain.first_order,
+                       "adaptive_sharpness": found.adaptive.value, "adaptive_first": found.adaptive.first_order,
+                       **_named(average_sharpness=found.average, adaptive_average=found.adaptive_average),
+                       "fisher_rao": found.fisher_rao.labels, "fisher_rao_error": found.fisher_rao.labels_error,
+                       "loss": loss.loss})
+
+
+def _operators(context: Context, unit: Unit, parents: Mapping[str, Artifact], count: int, dtype: str,
+               products: int) -> Callable[[str], Operator]:
+    model = ModelSpec(**unit.spec["model"])
+    images, labels = _fixed(context, unit, count, parents)
+    network, mask = on_device(context.device, parents["network"]), _mask(context, parents)
+
+    def operator(matrix: str) -> Operator:
+        return Operator(model, *network, images, labels, mask=mask, dtype=getattr(torch, dtype), matrix=matrix, compile="auto",
+                        products=products)
+
+    return operator
+
+
+@stage("spectrum", 1)
+def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """The whole spectrum at a trained network, on surviving weights.
+
+    Tensors: eigenvalues and residuals (k,), of largest size first; nodes and weights (p, m) of the density's rules, the last
+    ``known`` columns exact eigenvalues; grid, curve and curve_error (g,), that density per unit of eigenvalue. Result: numbers
+    with standard errors (``_error``); negative_low and negative_high, bounds of the share of negative eigenvalues; products.
+    """
+    spec = SpectrumSpec(**unit.spec["spectrum"])
+    operator = _operators(context, unit, parents, spec.images, spec.dtype, spec.pair_products + spec.probes * spec.steps)
+    found = spectrum(spec, operator, tree.generator_for(unit.spec["seed"], "spectrum"))
+    grid, values, errors = curve(found.density)
+    top, lowest = int(found.pairs.values.argmax()), found.density.nodes[found.density.weights > 0].min()
+    model = ModelSpec(**unit.spec["model"])
+    images, labels = _fixed(context, unit, spec.images, parents)
+    last = hessian.last_layer_diagonal(model, *on_device(context.device, parents["network"]), images, labels,
+                                       _mask(context, parents))
+    return Output({"eigenvalues": found.pairs.values, "residuals": found.pairs.residuals, "nodes": found.density.nodes,
+                   "weights": found.density.weights, "grid": grid, "curve": values, "curve_error": errors},
+                  {"size": found.size, "products": found.products, "known": found.density.known,
+                   "top_eigenvalue": float(found.pairs.values[top]), "top_eigenvalue_error": float(found.pairs.residuals[top]),
+                   "lowest_eigenvalue": float(lowest), "last_layer_mean": float(last.values.mean()),
+                   **_named(trace=found.trace, frobenius=found.frobenius, negative_total=found.negative.total,
+                            negative_fraction=found.negative.fraction, rank_entropy=found.rank.entropy,
+                            rank_participation=found.rank.participation, gn_trace=found.gauss_newton,
+                            gn_top=found.gauss_newton_top, fisher_trace=found.fisher),
+                   "negative_low": found.negative.low.value, "negative_high": found.negative.high.value})
+
+
+@stage("diagonal", 1)
+def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """The published protocol: the diagonal on one augmented batch of 64, in train mode, pruned entries included.
+
+    Exact where there are at most ``limit`` entries, else by probes. CutMix is left out, as its mixed labels are not a class.
+    Tensors: values and errors (n,), survives (n,) bool. Result: means over all entries and over those that survive.
+    """
+    spec, model, dataset = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"]), context.dataset(unit.data)
+    seed = unit.spec["seed"]
+    chosen = hessian.subset(dataset.train.labels, min(spec.images, len(dataset.train)))
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
+    images = augment(AugmentSpec(operations=unit.spec["augment"]), images, tree.generator_for(seed, "augment")).to(context.device)
+    mask = _mask(context, parents)
+    op = Operator.from_spec(spec.replace(images=len(images)), model, *on_device(context.device, parents["network"]), images,
+                            dataset.train.labels[chosen].to(context.device), mask=mask, compile="auto")
+    exact = op.size <= unit.spec["limit"]
+    found = (hessian.exact_diagonal(op, limit=unit.spec["limit"]) if exact
+             else hessian.diagonal(op, spec.probes, tree.generator_for(seed, "probes")))
+    survives = torch.ones(op.size, dtype=torch.bool)
+    if mask is not None:
+        survives = op.flatten({name: mask[name] for name in op.names}).cpu()
+    means = {"published_mean": found.values.mean(), "published_surviving": found.values[survives].mean()}
+    error = 0.0 if exact else float(found.standard_errors.square().sum().sqrt()) / op.size
+    return Output({"values": found.values.float(), "errors": found.standard_errors.float(), "survives": survives},
+                  {"exact": exact, **{name: float(value) for name, value in means.items()}, "published_error": error,
+                   "size": op.size, "surviving": int(survives.sum()), "products": found.products})
+
+
+@stage("removed", 1, tolerant=True)
+def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """Curvature of the weights that each arm's mask removes from the dense trained network, and overlap with its top eigenspace.
+
+    On real training images, or on the small set ``images``. Arms whose ticket has no result are left out. Tensors over A arms:
+    see :class:`dpkit.hessian.sparse.Removed` (removed, kept, all, chance, excess and their ``_error``), ``score``; overlap, with
+    what random masks give, overlap_layerwise and overlap_uniform, and overlap_score; rise, of the loss when the removed weights
+    are set to 0, and rise_random (A, draws), of random masks. eigenvalues and residuals (k,). Result: the arms.
+    """
+    if "network" not in parents:
+        return Output({}, {}, failed="the dense network has no result")
+    spec, model = SparseSpec(**unit.spec["removed"]), ModelSpec(**unit.spec["model"])
+    images, labels = _fixed(context, unit, spec.images, parents)
+    network = on_device(context.device, parents["network"])
+    products = spec.probes + spec.lanczos_steps + len(unit.spec["arms"]) * (1 + spec.draws)
+    op = Operator(model, *network, images, labels, dtype=getattr(torch, spec.dtype), compile="auto", products=products)
+    loss = hessian.fixed_loss(model, *network, images, labels, count=len(images), dtype=spec.dtype)
+    arms = [arm for arm in unit.spec["arms"] if arm in parents]
+    masks = {}
+    for arm in arms:
+        mask = tree.to(parents[arm].group("mask"), context.device)
+        masks[arm] = hessian.entries(op, {name: mask[name] for name in models.prunable(model)})
+    found, values, residuals = hessian.answers(spec, op, loss, masks, tree.generator_for(unit.spec["seed"], "removed"))
+    columns: dict[str, list[Any]] = {}
+    for arm in arms:
+        curvature, move, overlap = found[arm]
+        row = _named(removed=curvature.removed, kept=curvature.kept, all=curvature.all, chance=curvature.chance,
+                     excess=curvature.excess)
+        row |= {"score": curvature.score, "overlap": overlap.share, "overlap_layerwise": overlap.layerwise.mean,
+                "overlap_uniform": overlap.uniform.mean, "overlap_score": overlap.score, "rise": move.rise,
+                "quotient": move.quotient}
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
+    tensors["rise_random"] = torch.stack([found[arm].move.random[:, 3] for arm in arms])
+    return Output(tensors | {"eigenvalues": values, "residuals": residuals}, {"arms": arms, "images": len(images)})
+
+
+@stage("edge", 1)
+def measure_edge(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+    """The Hessian's top eigenvalue along a training, and how close to the edge of stability it is (Cohen et al. 2021).
+
+    Tensors: steps, epochs, top, top_error (a residual), lr of the next step, ratio (S,). Result: the highest ratio before the
+    end, and that at the end.
+    """
+    spec, model, train = (kind(**unit.spec[name]) for kind, name in (
+        (HessianSpec, "hessian"), (ModelSpec, "model"), (TrainSpec, "train")))
+    images, labels = _fixed(context, unit, spec.images, parents)
+    mask, way = _mask(context, parents), parents["network"]
+    count = unit.spec["data"]["train"]
+    total, rows = train.steps(count), []
+    for step in sorted(way.meta["spec"]["snapshots"]):
+        network = tuple(tree.to(part, context.device) for part in network_of(way, f"{step}/"))
+        op = Operator(model, *network, images, labels, mask=mask, compile="auto", products=spec.lanczos_steps)
+        top = hessian.top_eigenvalue(op, min(spec.lanczos_steps, op.size), tree.generator_for(unit.spec["seed"], "edge"))
+        lr = train.learning_rate(min(step, total - 1), total)
+        ratio = hessian.edge_ratio(top.value, lr, train.momentum, nesterov=train.nesterov, weight_decay=train.weight_decay)
+        rows.append((step, step / train.steps_per_epoch(count), top.value, top.standard_error, lr, ratio))
+    steps, epochs, tops, errors, rates, ratios = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return Output({"steps": steps.long(), "epochs": epochs, "top": tops, "top_error": errors, "lr": rates, "ratio": ratios},
+                  {"edge_highest": float(ratios[:-1].max()), "edge_last": float(ratios[-1])})

@@ -1,0 +1,158 @@
+"""Stages that measure curvature: what they store is what the library says of the same network."""
+from __future__ import annotations
+
+import pytest
+import torch
+from small_study import plan
+
+from dpkit import data, hessian, tree
+from dpkit.data import AugmentSpec, augment, normalise
+from dpkit.hessian import HessianSpec, Operator
+from dpkit.models import ModelSpec
+from dpkit.stages import compute, run
+from dpkit.stages.make import network_of
+from dpkit.store import Store
+
+SETTINGS = {"arms": ("imp", "random", "imp_shuffled", "combined"), "combined_round": 1, "robust_arms": ("dense",), "seeds": 2,
+            "at_rounds": (1, 2), "hessian_arms": ("imp",), "hessian_rounds": (1, 2), "sharpness_arms": ("dense", "imp"),
+            "spectrum_arms": ("imp",), "eigenvalues": 3, "pair_products": 12, "density_probes": 4, "density_steps": 8,
+            "diagonal_arms": ("imp",), "diagonal_limit": 2000, "removed_on": ("real", "idc"), "removed_probes": 3,
+            "removed_draws": 2, "edge_arms": ("imp",), "edge_points": 2, "hessian_images": 20}
+PARTS = ("hessian", "sharpness", "spectra", "diagonals", "removed", "edge")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    store, made = Store(tmp_path_factory.mktemp("bend") / "store"), plan(**SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "SMALL", float("inf"))
+        report = compute(store, [e.unit for part in PARTS for e in getattr(made, part)()], device="cpu")
+    assert not report.errors
+    assert not report.failed
+    return store, made
+
+
+def at(store, made, part, number=0, **options):
+    """(unit, its artifact, the operator at its network on the fixed images)."""
+    unit = getattr(made, part)()[number].unit
+    dataset = data.load(made.study.data)
+    chosen = hessian.subset(dataset.train.labels, 20)
+    images, labels = normalise(dataset.train.images[chosen], dataset.mean, dataset.std), dataset.train.labels[chosen]
+    mask = store.get(unit.parents["ticket"].key).group("mask") if "ticket" in unit.parents else None
+    op = Operator(ModelSpec(**unit.spec["model"]), *network_of(store.get(unit.parents["network"].key)), images, labels,
+                  mask=options.pop("mask", mask), **options)
+    return unit, store.get(unit.key), op
+
+
+def dense(op):
+    return op.matmat(torch.eye(op.size, dtype=op.dtype)).double()
+
+
+def test_places_and_rounds(done):
+    _, made = done
+    assert [(e.place["arm"], e.place["round"], e.place["seed"]) for e in made.hessian()] == [
+        ("imp", round, seed) for round in (1, 2) for seed in (0, 1)]
+    assert {e.place["round"] for e in made.spectra()} == {2}
+    assert [(e.place["on"], e.place["seed"]) for e in made.removed()] == [("real", 0), ("real", 1), ("idc", 0), ("idc", 1)]
+    assert plan(arms=("imp",), robust_arms=("dense",)).sharpness() == []
+
+
+def test_a_spectrum_is_that_of_the_dense_matrix(done):
+    store, made = done
+    _, found, op = at(store, made, "spectra", dtype=torch.float64)
+    values = torch.linalg.eigvalsh(dense(op))
+    result, tensors = found.result, found.tensors
+    largest = values[values.abs().argsort(descending=True)][:3]
+    near = tensors["residuals"] < 0.05 * tensors["eigenvalues"].abs()
+    assert bool(near.any())
+    assert torch.allclose(tensors["eigenvalues"][near], largest[near], rtol=0.02)
+    assert result["size"] == op.size == store.get(made.ticket("imp", 0, 2).key).result["surviving"]
+    for name, true in (("trace", values.sum()), ("frobenius", values.norm())):
+        assert abs(result[name] - float(true)) <= 6 * result[f"{name}_error"] + 1e-3 * float(values.abs().sum())
+    share = float(values.clamp(max=0).abs().sum() / values.abs().sum())
+    assert abs(result["negative_fraction"] - share) < max(0.1, 6 * result["negative_fraction_error"])
+    assert result["negative_low"] <= float((values < 0).double().mean()) + 0.15
+    assert torch.trapezoid(tensors["curve"], tensors["grid"]) == pytest.approx(1, abs=0.02)
+    assert tensors["weights"].sum(1).tolist() == pytest.approx([1.0] * 4)
+    assert result["known"] == int((tensors["residuals"] <= 0.01 * tensors["eigenvalues"].abs()).sum())
+    newton = dense(at(store, made, "spectra", dtype=torch.float64, matrix="gauss_newton")[2])
+    assert result["gn_top"] == pytest.approx(float(torch.linalg.eigvalsh(newton)[-1]), rel=0.02)
+    assert abs(result["gn_trace"] - float(newton.trace())) <= 6 * result["gn_trace_error"]
+
+
+def test_sharpness_is_measured_on_the_same_images(done):
+    store, made = done
+    unit, found, op = at(store, made, "sharpness", 2)
+    assert unit.label.startswith("sharpness imp 0")
+    result = found.result
+    assert result["loss"] == pytest.approx(op.loss, rel=1e-5)
+    assert result["sharpness"] >= max(0.0, result["sharpness_first"]) - 1e-9
+    assert result["adaptive_sharpness"] >= max(0.0, result["adaptive_first"]) - 1e-9
+    assert result["fisher_rao"] > 0
+
+
+def test_the_published_diagonal_by_hand(done):
+    store, made = done
+    unit = made.diagonals()[0].unit
+    found, dataset = store.get(unit.key), data.load(made.study.data)
+    chosen = hessian.subset(dataset.train.labels, 64)
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
+    images = augment(AugmentSpec(operations=unit.spec["augment"]), images, tree.generator_for(unit.spec["seed"], "augment"))
+    mask = store.get(unit.parents["ticket"].key).group("mask")
+    op = Operator.from_spec(HessianSpec.published(), ModelSpec(**unit.spec["model"]),
+                            *network_of(store.get(unit.parents["network"].key)), images, dataset.train.labels[chosen], mask=mask)
+    values = dense(op).diagonal()
+    assert found.result["exact"] is True
+    assert torch.allclose(found.tensors["values"].double(), values, atol=1e-4 * float(values.abs().max()))
+    survives = found.tensors["survives"]
+    assert int(survives.sum()) == found.result["surviving"] < found.result["size"] == op.size
+    assert found.result["published_mean"] == pytest.approx(float(values.mean()), rel=1e-3)
+    assert found.result["published_surviving"] == pytest.approx(float(values[survives].mean()), rel=1e-3)
+
+
+def test_what_masks_remove_from_the_dense_network(done):
+    store, made = done
+    _, found, op = at(store, made, "removed", mask=None)
+    # a control has its arm's densities, and the first rounds of `combined` are those of distilled pruning
+    assert found.result["arms"] == ["imp", "random", "combined"]
+    values = torch.linalg.eigh(dense(op))
+    vectors = values.eigenvectors[:, values.eigenvalues.argsort(descending=True)[:3]]
+    mask = store.get(made.ticket("imp", 0, 2).key).group("mask")
+    kept = op.flatten({name: mask[name] for name in op.names}).bool()
+    share = float(vectors[kept].square().sum() / 3)
+    good = found.tensors["residuals"] < 0.05 * found.tensors["eigenvalues"]
+    if bool(good.all()):
+        assert float(found.tensors["overlap"][0]) == pytest.approx(share, abs=0.05)
+    diagonal = dense(op).diagonal()
+    for name, rows in (("removed", ~kept), ("kept", kept)):
+        error = float(found.tensors[f"{name}_error"][0])
+        assert abs(float(found.tensors[name][0]) - float(diagonal[rows].mean())) <= 12 * error + 1e-4  # three probes
+    assert found.tensors["rise_random"].shape == (3, 2)
+    on_set = store.get(made.removed()[2].unit.key)
+    assert made.removed()[2].unit.parents.keys() >= {"network", "images"}
+    assert not torch.equal(on_set.tensors["eigenvalues"], found.tensors["eigenvalues"])
+
+
+def test_the_edge_along_a_training(done):
+    store, made = done
+    found = store.get(made.edge()[0].unit.key)
+    study = made.study
+    total = study.train.steps(made.identity["train"])
+    assert found.tensors["steps"].tolist() == [0, 5, 10]
+    expected = [study.train.learning_rate(min(s, total - 1), total) for s in (0, 5, 10)]
+    assert found.tensors["lr"].tolist() == pytest.approx(expected)
+    ratios = [(top + 5e-4) * lr / (2 * 1.9) for top, lr in zip(found.tensors["top"].tolist(), expected, strict=True)]
+    assert found.tensors["ratio"].tolist() == pytest.approx(ratios)
+    assert found.result["edge_highest"] == pytest.approx(max(ratios[:-1]))
+
+
+def test_bad_settings_are_named():
+    for changes, said in (({"hessian_rounds": (5,)}, r"hessian_rounds must be among at_rounds \(1, 2\), got \[5\]"),
+                          ({"removed_on": ("nothing",)}, "removed_on must be chosen from real, idc"),
+                          ({"eigenvalues": 30}, r"eigenvalues must lie in \[1, 12\] \(pair_products\), got 30"),
+                          ({"density_probes": 1}, "density_probes must be >= 3, got 1"),
+                          ({"sharpness_radius": 0.0}, "sharpness_radius must be > 0, got 0.0"),
+                          ({"diagonal_limit": -1}, r"diagonal_limit must be >= 0 \(0: never exact\), got -1"),
+                          ({"edge_arms": ("snip",)}, "edge_arms must be chosen from dense, imp")):
+        with pytest.raises(ValueError, match=said):
+            plan(**SETTINGS | changes)
