@@ -210,6 +210,8 @@ def instability(table: pd.DataFrame) -> Figure:
     for panel, percent in zip(axes[0], levels, strict=True):
         panel.set_title(f"{percent}% sparse" if percent else "dense", fontsize=10, loc="right")
     _epochs(axes[0][0], sorted(set(stats["epochs"])))
+    for panel in axes.flat:
+        panel.tick_params(labelsize=8)
     figure.supxlabel("epochs that the children share (k)", fontsize=10)
     figure.supylabel(HEIGHT, fontsize=10)
     return figure
@@ -260,7 +262,9 @@ def spawn_map(table: pd.DataFrame) -> Figure:
         panel.set_xticks(range(len(epochs)), [f"{e:.2g}" for e in epochs], fontsize=8)
     for panel in axes.flat[max(0, len(names) - columns):len(names)]:  # the last one of each column
         panel.tick_params(axis="x", labelbottom=True, labelsize=8)
-    axes[0][0].set_yticks(range(len(percents)), [f"{p}%" if p else "dense" for p in percents], fontsize=8)
+    axes[0][0].set_yticks(range(len(percents)), [f"{p}%" if p else "dense" for p in percents])
+    for panel in axes.flat:
+        panel.tick_params(axis="y", labelsize=8)
     figure.supxlabel("epochs that the children share (k)", fontsize=10)
     figure.supylabel("sparsity", fontsize=10)
     bar(figure, shown, axes.ravel().tolist(), location="top")

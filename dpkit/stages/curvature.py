@@ -31,26 +31,25 @@ class Curvature(Places):
                 for place, parents in self._networks(study.sharpness_arms)]
 
     def spectra(self) -> list[Entry]:
-        """The whole spectrum at the first child of each ticket, at the last measured round."""
+        """The whole spectrum at the first child of each ticket of one round."""
         study = self.study
         spec = SpectrumSpec(images=self._images, eigenvalues=study.eigenvalues, pair_products=study.pair_products,
                             probes=study.density_probes, steps=study.density_steps).to_dict()
         return [Entry(place, self._measured("spectrum", {"spectrum": spec}, place, parents, "spectrum"))
-                for place, parents in self._networks(study.spectrum_arms, last=True)]
+                for place, parents in self._networks(study.spectrum_arms, one=True)]
 
     def diagonals(self) -> list[Entry]:
         """The published protocol's diagonal: on one augmented batch, in train mode, pruned entries included."""
         study, rows = self.study, []
         spec = HessianSpec.published(probes=study.diagonal_probes).to_dict()
         how = {"hessian": spec, "augment": study.set_augment, "limit": study.diagonal_limit}
-        for place, parents in self._networks(study.diagonal_arms, last=True):
+        for place, parents in self._networks(study.diagonal_arms, one=True):
             rows.append(Entry(place, self._measured("diagonal", how, place, parents, "published diagonal")))
         return rows
 
     def removed(self) -> list[Entry]:
         """What the arms' masks remove from the dense network's sharp directions, on real data or on small sets."""
-        rows, study = [], self.study
-        round = max(study.at_rounds)
+        rows, study, round = [], self.study, self.spectrum_round
         for on in study.removed_on:
             for init in range(study.seeds):
                 tickets = {arm: self.ticket(arm, init, round) for arm in study.arms if not study.arm(arm).control
@@ -71,21 +70,26 @@ class Curvature(Places):
         """The top eigenvalue along the training of the first child of each ticket."""
         rows, study = [], self.study
         spec = HessianSpec(images=self._images, lanczos_steps=study.lanczos_steps).to_dict()
-        for place, parents in self._networks(study.edge_arms, last=True):
+        for place, parents in self._networks(study.edge_arms, one=True):
             way = self.tracked(place["arm"], place["seed"], place["round"], 0, study.edge_points)
             how = {"hessian": spec, "train": study.train.to_dict()}
             rows.append(Entry(place, self._measured("edge", how, place, parents | {"network": way}, "top eigenvalue along")))
         return rows
 
     @property
+    def spectrum_round(self) -> int:
+        """The round at which whole spectra are measured."""
+        return self.study.spectrum_round or max(self.study.at_rounds)
+
+    @property
     def _images(self) -> int:
         return min(self.study.hessian_images, self.identity["train"])
 
-    def _networks(self, arms: Iterable[str], last: bool = False) -> Iterable[tuple[dict[str, Any], dict[str, Unit]]]:
-        """(place, the first child and its ticket) of each arm; of the last measured round only, or of all ``hessian_rounds``."""
+    def _networks(self, arms: Iterable[str], one: bool = False) -> Iterable[tuple[dict[str, Any], dict[str, Unit]]]:
+        """(place, the first child and its ticket) of each arm, at all ``hessian_rounds``, or at the one of the whole spectra."""
         study = self.study
         for arm in arms:
-            rounds = sorted(set(study.hessian_rounds)) if study.hessian_rounds and not last else [max(study.at_rounds)]
+            rounds = [self.spectrum_round] if one else sorted(set(study.hessian_rounds)) or [max(study.at_rounds)]
             for round in [0] if arm == "dense" else rounds:
                 for init in range(study.seeds):
                     ticket = {} if arm == "dense" else {"ticket": self.ticket(arm, init, round)}

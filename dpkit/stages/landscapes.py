@@ -11,22 +11,26 @@ from dpkit.stages.unit import Unit
 
 @dataclass
 class Landscapes(Places):
-    """Loss and error around networks of a study. Pictures are of the first initialisation, at the last measured round."""
+    """Loss and error around networks of a study, at one round. Pictures are of the first initialisation."""
+
+    def seen(self, arm: str) -> int:
+        """The round whose landscapes are measured: ``plane_round``, or the last measured one."""
+        return 0 if arm == "dense" else self.study.plane_round or self.last(arm)
 
     def landscape(self) -> list[Entry]:
         """The plane through three children."""
-        return [Entry(self.place(arm, self.last(arm), 0), self._plane(arm)) for arm in self.study.plane_arms]
+        return [Entry(self.place(arm, self.seen(arm), 0), self._plane(arm)) for arm in self.study.plane_arms]
 
     def plane_sets(self) -> list[Entry]:
         """The same planes on the images of small sets."""
-        return [Entry(self.place(arm, self.last(arm), 0, set=name), self._plane(arm, name))
+        return [Entry(self.place(arm, self.seen(arm), 0, set=name), self._plane(arm, name))
                 for arm in self.study.plane_arms for name in self.study.plane_sets]
 
     def trajectory(self) -> list[Entry]:
         """How each of the three children went from its start to where it is, on their plane."""
         rows = []
         for arm in self.study.plane_arms if self.study.trajectory_points else ():
-            round = self.last(arm)
+            round = self.seen(arm)
             ways = {f"way_{name}": self.tracked(arm, 0, round, c, self.study.trajectory_points) for c, name in enumerate("abc")}
             unit = self.unit("trajectory", {"model": self.model}, self._children(arm, "abc") | ways,
                              f"trajectories {arm}, round {round}")
@@ -41,8 +45,8 @@ class Landscapes(Places):
         for arm in self.study.square_arms:
             spec = SquareSpec(resolution=self.study.square_resolution, form=self.study.square_form, **how).to_dict()
             unit = self.unit("square", {"data": self.identity, "model": self.model, "square": spec}, self._children(arm, "abcd"),
-                             f"square {arm}, round {self.last(arm)}")
-            rows.append(Entry(self.place(arm, self.last(arm), 0), unit))
+                             f"square {arm}, round {self.seen(arm)}")
+            rows.append(Entry(self.place(arm, self.seen(arm), 0), unit))
         return rows
 
     def around(self) -> list[Entry]:
@@ -52,7 +56,7 @@ class Landscapes(Places):
             spec = AroundSpec(resolution=self.study.around_resolution, reach=self.study.reach, **self._how()).to_dict()
             unit = self.unit("around", {"data": self.identity, "model": self.model, "around": spec,
                                         "seed": self.seed_at("directions")}, self._centre(arm, 0), f"around {arm}")
-            rows.append(Entry(self.place(arm, self.last(arm), 0), unit))
+            rows.append(Entry(self.place(arm, self.seen(arm), 0), unit))
         return rows
 
     def profile(self) -> list[Entry]:
@@ -65,21 +69,21 @@ class Landscapes(Places):
                 unit = self.unit("profile", {"data": self.identity, "model": self.model, "profile": spec,
                                              "seed": self.seed_at("profiles", init)}, self._centre(arm, init),
                                  f"profiles {arm} {init}")
-                rows.append(Entry(self.place(arm, self.last(arm), init), unit))
+                rows.append(Entry(self.place(arm, self.seen(arm), init), unit))
         return rows
 
     def _plane(self, arm: str, on: str = "") -> Unit:
         spec = PlaneSpec(resolution=self.study.plane_resolution, **self._how()).to_dict()
         whole = {"data": self.identity, "model": self.model, "plane": spec}
         images = {"images": self.small_set(on, 0)} if on else {}
-        label = f"plane {arm}, round {self.last(arm)}" + (f", on {on}" if on else "")
+        label = f"plane {arm}, round {self.seen(arm)}" + (f", on {on}" if on else "")
         return self.unit("plane", whole, self._children(arm, "abc") | images, label)
 
     def _children(self, arm: str, names: str) -> dict[str, Unit]:
-        return {name: self.child(arm, 0, self.last(arm), c) for c, name in enumerate(names)}
+        return {name: self.child(arm, 0, self.seen(arm), c) for c, name in enumerate(names)}
 
     def _centre(self, arm: str, init: int) -> dict[str, Unit]:
-        round = self.last(arm)
+        round = self.seen(arm)
         ticket = {} if arm == "dense" else {"ticket": self.ticket(arm, init, round)}
         return {"network": self.child(arm, init, round, 0), **ticket}
 

@@ -29,18 +29,19 @@ class Study(Making):
     study's own); spawn_arms, whose children also part at each of spawn_epochs, for spawn_seeds initialisations (0: all);
     layer_arms, whose paths are measured layer by layer; between_arms, connected with each other and from round to round.
 
-    Landscapes, of the first initialisation: plane_arms (planes through three children), plane_resolution, plane_images and
-    plane_compile (also of the following), plane_sets (small sets on which the planes are measured too), trajectory_points
-    (networks along the training of each child, projected onto its plane; 0: none); square_arms, square_resolution, square_form
-    (``bilinear``, through four children; ``diagonals``, the plane of the paper's code, which holds two); around_arms,
-    around_resolution (random filter-normalised directions); and of all: profile_arms, profile_directions, profile_points (lines
-    in such directions). reach: how far random directions go, in filters' norms.
+    Landscapes, at plane_round (0: the last measured one), on plane_images, with plane_compile: plane_arms (of the first
+    initialisation, planes through three children), plane_resolution, plane_sets (small sets on which they are measured too),
+    trajectory_points (networks along the training of each child, projected onto its plane; 0: none); square_arms,
+    square_resolution, square_form (``bilinear``, through four children; ``diagonals``, the plane of the paper's code, which holds
+    two); around_arms, around_resolution (random filter-normalised directions); and of all initialisations: profile_arms,
+    profile_directions, profile_points (lines in such directions). reach: how far random directions go, in filters' norms.
 
     Curvature, on hessian_images: hessian_arms, probes, lanczos_steps; sharpness_arms, sharpness_radius, adaptive_radius (as in
-    ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At the last one: spectrum_arms, eigenvalues,
-    pair_products, density_probes, density_steps (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes, diagonal_limit (the
-    published protocol's diagonal, exact up to so many entries); removed_on (``real``, or small sets: what masks remove from the
-    dense network's curvature), removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue along training).
+    ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At spectrum_round (0: the last): spectrum_arms,
+    eigenvalues, pair_products, density_probes, density_steps (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes,
+    diagonal_limit (the published protocol's diagonal, exact up to so many entries); removed_on (``real``, or small sets: what
+    masks remove from the dense network's curvature), removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue
+    along training).
     """
 
     children: int = 2
@@ -65,6 +66,7 @@ class Study(Making):
     layer_arms: tuple[str, ...] = ()
     between_arms: tuple[str, ...] = ()
     plane_arms: tuple[str, ...] = ("dense", "distilled")
+    plane_round: int = 0
     plane_resolution: int = 15
     plane_images: int = 1000
     plane_compile: bool = False
@@ -88,6 +90,7 @@ class Study(Making):
     sharpness_radius: float = 0.05
     adaptive_radius: float = 0.5
     spectrum_arms: tuple[str, ...] = ()
+    spectrum_round: int = 0
     eigenvalues: int = 10
     pair_products: int = 60
     density_probes: int = 10
@@ -116,9 +119,10 @@ class Study(Making):
         for name in ("train_path_images", "trajectory_points"):
             self.require(getattr(self, name) >= 0, f"{name} must be >= 0 (0: none), got {getattr(self, name)}")
         self.require(self.children >= 2, f"children must be >= 2, a path needs two ends; got {self.children}")
-        self.require(self.robust_round in (0, *self.at_rounds),
-                     f"robust_round must be 0 (the last) or one of at_rounds ({', '.join(map(str, self.at_rounds))}), got "
-                     f"{self.robust_round}")
+        for name in ("robust_round", "plane_round", "spectrum_round"):
+            self.require(getattr(self, name) in (0, *self.at_rounds),
+                         f"{name} must be 0 (the last) or one of at_rounds ({', '.join(map(str, self.at_rounds))}), got "
+                         f"{getattr(self, name)}")
         self.require(0 <= self.spawn_seeds <= self.seeds,
                      f"spawn_seeds must lie in [0, {self.seeds}], the seeds (0: all of them), got {self.spawn_seeds}")
         if self.spawn_arms:
