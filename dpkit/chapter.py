@@ -145,6 +145,11 @@ class Chapter:
         """The highest measured sparsity in whole percent."""
         return self.plan.percent(max(self.study.at_rounds))
 
+    @property
+    def looked(self) -> int:
+        """The sparsity at which landscapes are measured, in whole percent."""
+        return self.plan.percent(self.study.plane_round or max(self.study.at_rounds))
+
     def verdicts(self) -> list[dict[str, Any]]:
         """A record a claim, from ``book/claims.yml``."""
         claims = report.read_claims(project.root() / "book" / "claims.yml")

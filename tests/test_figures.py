@@ -36,12 +36,6 @@ def curve() -> pd.DataFrame:
     return pd.DataFrame({"seed": [0, 0, 1, 1], "epoch": [1, 2, 1, 2], "curve": [2.0, 1.0, 2.5, 0.5]})
 
 
-def grids() -> dict:
-    y, x = np.mgrid[0:3, 0:4]
-    return {name: {"x": np.arange(4.0), "y": np.arange(3.0), "errors": (x + y + shift) / 10, "losses": x * 1.0,
-                   "corners": np.array([[0.0, 0.0], [3.0, 0.0], [1.0, 2.0]])} for name, shift in (("dense", 0), ("IMP", 3))}
-
-
 def sets() -> pd.DataFrame:
     """Small sets of every group on two networks, some with soft labels; one network diverged."""
     rows = []
@@ -72,9 +66,7 @@ ONE = sets()[sets()["arch"] == "convnet3"].reset_index(drop=True)
 COMPARED = {"accuracies": (ONE,), "labels": (ONE,), "architectures": (sets(),), "price": (comparison.priced(costs(), ONE),),
             "progress": (history(),)}
 EACH = {"learning_curves": (curve(),), "bars": (table().rename(columns={"arm": "set"}), "set", "accuracy", "accuracy (%)"),
-        "against_sparsity": (table(), "error", "test error (%)"), "paths": (lines(),), "planes": (grids(),),
-        "curvature": (table(), {"trace": "trace", "top_eigenvalue": "top eigenvalue"}),
-        "diagonals": ({"dense": np.linspace(-1, 5, 50), "imp": np.zeros(50) + 0.01},)}
+        "against_sparsity": (table(), "error", "test error (%)"), "paths": (lines(),)}
 
 
 def drawn(figure: Figure) -> bytes:
@@ -110,7 +102,7 @@ def test_a_comparison_for_results_and_one_for_none(name):
         assert len(diverged.axes[0].texts) == 1
 
 
-@pytest.mark.parametrize("name", ["bars", "against_sparsity", "curvature"])
+@pytest.mark.parametrize("name", ["bars", "against_sparsity"])
 def test_a_figure_when_every_network_diverged(name):
     first, *rest = EACH[name]
     columns = ["error", "accuracy", "trace", "top_eigenvalue"]
@@ -151,28 +143,6 @@ def test_paths_draw_each_pair_and_their_mean():
     drawn_lines = [line.get_ydata() for line in figure.axes[0].get_lines()]
     np.testing.assert_allclose(drawn_lines, [[0, 20, 40], [10, 30, 50], [5, 25, 45]])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "IMP, rewound to start"]
-
-
-def test_curvature_shows_geometric_means_on_a_logarithmic_axis():
-    figure = figures.curvature(table()[table()["percent"] != 36], {"trace": "trace"})
-    axes = figure.axes[0]
-    assert axes.get_yscale() == "log"
-    means = [line.get_ydata()[0] for line in axes.get_lines() if line.get_marker() == "None"]
-    np.testing.assert_allclose(means, [10 * np.sqrt(0.10 * 0.14), 10 * np.sqrt(0.30 * 0.38), 4.0])
-
-
-def test_planes_share_one_scale_and_mark_the_children():
-    figure = figures.planes(grids())
-    first, second, bar = figure.axes
-    assert (first.get_title(), second.get_title()) == ("dense", "IMP")
-    assert bar.get_ylim() == pytest.approx((0.0, 80.0))
-    assert [text.get_text() for text in first.texts] == ["child 0", "child 1", "child 2"]
-    np.testing.assert_allclose([line.get_xydata()[0] for line in first.get_lines()], grids()["dense"]["corners"])
-
-
-def test_diagonals_are_shares_that_sum_to_one():
-    axes = figures.diagonals(EACH["diagonals"][0]).axes[0]
-    assert [patch.get_data().values.sum() for patch in axes.patches] == [pytest.approx(1.0), pytest.approx(1.0)]
 
 
 def test_sheet_puts_every_image_in_its_row():

@@ -29,7 +29,9 @@ def test_examples_in_docstrings():
     ("tickets.imp.training_points", "count"), ("tickets.imp.seconds", "seconds"),
     ("tickets.distilled.speedup", "factor"), ("hessian.error.trace", "number"),
     ("distill.idc_minus_random_real.accuracy", "points"), ("connectivity.imp.stable@67", "percent"),
-    ("hessian.distilled_over_imp.trace@89", "factor"), ("hessian.imp.trace_per_weight@89", "number"),
+    ("hessian.distilled_over_imp.trace@89", "factor"), ("hessian.imp.removed_excess@67", "number"),
+    ("hessian.imp.removal_rise@67", "number"), ("connectivity.imp.stable_from@67", "number"),
+    ("hessian.imp.trace_per_weight@89", "number"),
     ("tickets.imp_over_distilled.search_seconds@67", "factor"), ("tickets.imp.search_points@67", "count"),
 ])
 def test_kind_follows_from_the_measure(name, kind):

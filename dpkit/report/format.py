@@ -21,7 +21,7 @@ OPTIONS = ("value", "interval", "n")
 
 # The first kind whose words meet the measure's words wins: a difference of accuracies is written in points.
 _WORDS = (
-    ("number", {"from"}),  # stable_from is in epochs
+    ("number", {"from", "removed", "removal"}),  # epochs; curvature; nats
     ("percent", {"jaccard", "hamming", "unique", "kept", "distance", "moved", "disagreement"}),
     ("points", {"barrier", "difference", "gap", "rise", "drop", "excess"}),
     ("percent", {"accuracy", "error", "sparsity", "fraction", "share", "overlap", "stable"}),

@@ -123,7 +123,8 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     Chapters whose results are plain have a maker here, which takes their frame. What needs tensors, or several frames, has one
     beside its frames, which takes the store and all rows.
     """
-    from dpkit.report import connectivity, ledger, overlap, robustness  # they collect their numbers with what this file has
+    # they collect their numbers with what this file has
+    from dpkit.report import connectivity, curvature, ledger, overlap, robustness
 
     chapters = {name: list(rows) for name, rows in chapters.items()}
     found: list[Number] = []
@@ -131,9 +132,9 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
         found += _from_frame(store, chapters.get(name, []), make)
     for room in (ledger, overlap, robustness, connectivity):
         found += room.numbers(store, chapters)
-    for name, make in (("landscape", _landscape), ("hessian", _hessian)):
+    for name, make in (("landscape", _landscape), ("profile", _profile)):
         found += _from_frame(store, chapters.get(name, []), make)
-    return found
+    return found + curvature.numbers(store, chapters)
 
 
 def _from_frame(store: Store, rows: Rows, make: Callable[[Store, pd.DataFrame], list[Number]]) -> list[Number]:
@@ -192,16 +193,12 @@ def _landscape(store: Store, table: pd.DataFrame) -> list[Number]:
     return chapter.found
 
 
-def _hessian(store: Store, table: pd.DataFrame) -> list[Number]:
-    chapter = Collector(store, "hessian", table)
+def _profile(store: Store, table: pd.DataFrame) -> list[Number]:
+    """``landscape.ARM.error_rise@P`` and ``loss_rise``: half of the reach away on random lines; distilled minus each arm."""
+    chapter = Collector(store, "landscape", table)
     for name, percent in chapter.places():
-        for column in ("trace", "top_eigenvalue", "trace_per_weight"):
+        for column in ("error_rise", "loss_rise"):
             chapter.add(name, percent, column, column, "mean")
-        if name not in ("dense", "distilled"):
-            chapter.compare(("distilled", percent), (name, percent), "trace", "trace", ratio=True)
-            chapter.compare(("distilled", percent), (name, percent), "top_eigenvalue", "top_eigenvalue", ratio=True)
-    dense = [p for n, p in chapter.places() if n == "distilled"]
-    for percent in dense:
-        chapter.compare(("distilled", percent), ("dense", 0), "trace", "trace", ratio=True)
-        chapter.compare(("distilled", percent), ("dense", 0), "trace_per_weight", "trace_per_weight", ratio=True)
+            if name not in ("dense", "distilled"):
+                chapter.compare(("distilled", percent), (name, percent), column, column)
     return chapter.found

@@ -211,4 +211,4 @@ def measure_edge(context: Context, unit: Unit, parents: Mapping[str, Artifact]) 
         rows.append((step, step / train.steps_per_epoch(count), top.value, top.standard_error, lr, ratio))
     steps, epochs, tops, errors, rates, ratios = torch.tensor(rows, dtype=torch.float64).unbind(1)
     return Output({"steps": steps.long(), "epochs": epochs, "top": tops, "top_error": errors, "lr": rates, "ratio": ratios},
-                  {"edge_highest": float(ratios[:-1].max()), "edge_last": float(ratios[-1])})
+                  {"edge_highest": float(ratios[:max(1, len(ratios) - 1)].max()), "edge_last": float(ratios[-1])})

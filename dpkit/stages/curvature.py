@@ -34,7 +34,8 @@ class Curvature(Places):
         """The whole spectrum at the first child of each ticket of one round."""
         study = self.study
         spec = SpectrumSpec(images=self._images, eigenvalues=study.eigenvalues, pair_products=study.pair_products,
-                            probes=study.density_probes, steps=study.density_steps).to_dict()
+                            probes=study.density_probes, steps=study.density_steps, trace_probes=study.trace_probes,
+                            other_probes=study.other_probes).to_dict()
         return [Entry(place, self._measured("spectrum", {"spectrum": spec}, place, parents, "spectrum"))
                 for place, parents in self._networks(study.spectrum_arms, one=True)]
 

@@ -38,10 +38,10 @@ class Study(Making):
 
     Curvature, on hessian_images: hessian_arms, probes, lanczos_steps; sharpness_arms, sharpness_radius, adaptive_radius (as in
     ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At spectrum_round (0: the last): spectrum_arms,
-    eigenvalues, pair_products, density_probes, density_steps (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes,
-    diagonal_limit (the published protocol's diagonal, exact up to so many entries); removed_on (``real``, or small sets: what
-    masks remove from the dense network's curvature), removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue
-    along training).
+    eigenvalues, pair_products, density_probes, density_steps, trace_probes, other_probes (as in ``SpectrumSpec``);
+    diagonal_arms, diagonal_probes, diagonal_limit (the published protocol's diagonal, exact up to so many entries); removed_on
+    (``real``, or small sets: what masks remove from the dense network's curvature), removed_probes, removed_draws; edge_arms,
+    edge_points (the top eigenvalue along training).
     """
 
     children: int = 2
@@ -95,6 +95,8 @@ class Study(Making):
     pair_products: int = 60
     density_probes: int = 10
     density_steps: int = 40
+    trace_probes: int = 20
+    other_probes: int = 10
     diagonal_arms: tuple[str, ...] = ()
     diagonal_probes: int = 100
     diagonal_limit: int = 0
@@ -142,7 +144,8 @@ class Study(Making):
         checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
                 images="hessian_images")
         checked(lambda: SpectrumSpec(eigenvalues=self.eigenvalues, pair_products=self.pair_products, probes=self.density_probes,
-                                     steps=self.density_steps), probes="density_probes", steps="density_steps")
+                                     steps=self.density_steps, trace_probes=self.trace_probes, other_probes=self.other_probes),
+                probes="density_probes", steps="density_steps")
         checked(lambda: SharpnessSpec(radius=self.sharpness_radius, adaptive_radius=self.adaptive_radius),
                 radius="sharpness_radius")
         checked(lambda: SparseSpec(probes=self.removed_probes, draws=self.removed_draws, directions=self.eigenvalues,

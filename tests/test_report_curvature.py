@@ -1,0 +1,232 @@
+"""Frames, numbers and tables of curvature from made-up artifacts in a real store, against values worked out by hand."""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dpkit import report
+from dpkit.report import curvature, curvature_tables
+from dpkit.statistics import rank_correlation
+from dpkit.store import Store, key_for
+from dpkit.tree import generator_for
+
+MISSING = ({"arm": "ltr", "round": 2, "percent": 67, "seed": 0}, "0" * 64)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def put(store: Store, stage: str, label: str, result: dict | None, **tensors) -> str:
+    spec = {"label": label}
+    key = key_for(stage, 1, spec, {})
+    tensors = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in tensors.items()}
+    store.put(key, stage=stage, version=1, spec=spec, parents={}, tensors=tensors if result is not None else {},
+              result=result or {}, seconds=1.0, label=label, failed=None if result is not None else "the loss is not finite")
+    return key
+
+
+def rows(store: Store, stage: str, results: dict, **more) -> list[tuple[dict, str]]:
+    """(arm, percent, seed) -> plain results, None for a failure."""
+    return [({"arm": arm, "round": 2 if percent else 0, "percent": percent, "seed": seed, **more},
+             put(store, stage, f"{arm} {percent} {seed}", result)) for (arm, percent, seed), result in results.items()]
+
+
+def numbers(store: Store, **chapters) -> dict[str, report.Number]:
+    found = curvature.numbers(store, chapters)
+    assert len({n.name for n in found}) == len(found)  # a name has one value
+    return {n.name.removeprefix("hessian."): n for n in found}
+
+
+TRACES = {("dense", 0, 0): 8.0, ("dense", 0, 1): 2.0, ("imp", 67, 0): 4.0, ("imp", 67, 1): 1.0, ("imp", 67, 2): None,
+          ("distilled", 67, 0): 2.0, ("distilled", 67, 1): 2.0, ("distilled", 36, 0): 16.0}
+
+
+def hessians(store: Store) -> list[tuple[dict, str]]:
+    return rows(store, "hessian", {place: value and {"trace": value, "top_eigenvalue": value / 2, "trace_per_weight": value / 8,
+                                                     "surviving": 8} for place, value in TRACES.items()})
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+def test_the_first_numbers_keep_names_values_and_keys(store):
+    made = hessians(store)
+    found = numbers(store, hessian=[*made, MISSING])
+    assert list(found)[:3] == ["dense.trace", "dense.top_eigenvalue", "dense.trace_per_weight"]
+    assert {name: pytest.approx(n.value) for name, n in found.items() if "trace" in name and "weight" not in name} == {
+        "dense.trace": 5.0, "imp.trace@67": 2.5, "distilled.trace@67": 2.0, "distilled.trace@36": 16.0,
+        "distilled_over_imp.trace@67": 1.0, "distilled_over_dense.trace@67": 0.5, "distilled_over_dense.trace@36": 2.0}
+    assert found["distilled_over_imp.trace_per_weight@67"].value == pytest.approx(1.0)  # new: sqrt(1/2 * 2)
+    parents = {str(i): key for i, key in enumerate(sorted([made[3][1], made[2][1]]))}
+    spec = {"name": "hessian.imp.trace@67", "kind": "mean", "level": 0.95, "seeds": [0, 1]}
+    assert found["imp.trace@67"].key == key_for("number", 1, spec, parents)
+
+
+def test_each_part_has_its_numbers_and_ratios(store):
+    places = {("dense", 0, 0): 1.0, ("imp", 67, 0): 4.0, ("distilled", 67, 0): 2.0, ("random", 67, 0): None}
+    sharp = rows(store, "sharpness", {place: v and {"sharpness": v, "adaptive_sharpness": 2 * v, "average_sharpness": -v,
+                                                    "fisher_rao": 3 * v} for place, v in places.items()})
+    spectra = rows(store, "spectrum", {place: v and {
+        "trace": 10 * v, "trace_error": 0.1, "frobenius": v, "negative_fraction": v / 10, "gn_trace": 9 * v,
+        "rank_entropy": 5 * v, "rank_participation": 4 * v, "gn_top": v, "fisher_trace": v, "lowest_eigenvalue": -v,
+        "last_layer_mean": v / 100, "top_eigenvalue": 99.0, "about": {"images": 1}} for place, v in places.items()})
+    published = rows(store, "diagonal", {place: v and {"published_mean": v / 3, "published_surviving": v} for place, v in
+                                         places.items()})
+    found = numbers(store, sharpness=sharp, spectra=spectra, diagonals=published)
+    assert {name: pytest.approx(n.value) for name, n in found.items() if name.startswith("imp.")} == {
+        "imp.sharpness@67": 4, "imp.adaptive_sharpness@67": 8, "imp.average_sharpness@67": -4, "imp.fisher_rao@67": 12,
+        "imp.lowest_eigenvalue@67": -4, "imp.frobenius@67": 4, "imp.negative_fraction@67": 0.4, "imp.rank_entropy@67": 20,
+        "imp.rank_participation@67": 16, "imp.gn_trace@67": 36, "imp.gn_top@67": 4, "imp.gn_share@67": 0.9,
+        "imp.fisher_trace@67": 4, "imp.last_layer_mean@67": 0.04, "imp.published_mean@67": 4 / 3, "imp.published_surviving@67": 4}
+    ratios = {name: n.value for name, n in found.items() if "_over_" in name}
+    assert ratios == pytest.approx({f"distilled_over_{arm}.{measure}@67": ratio for arm, ratio in (("imp", 0.5), ("dense", 2.0))
+                                    for measure in ("sharpness", "adaptive_sharpness", "published_mean", "published_surviving")})
+    assert not [name for name in found if name.startswith("random.")]
+    none = (MISSING, sharp[3])
+    assert numbers(store, **dict.fromkeys(("sharpness", "spectra", "diagonals", "removed", "edge"), none)) == {}
+
+
+def mask_rows(store: Store) -> list[tuple[dict, str]]:
+    found = []
+    for on, shift in (("real", 0.0), ("idc", 1.0)):
+        for seed in range(2):
+            values = {"removed": [1, 2], "kept": [3, 4], "chance": [2, 2], "excess": [-1 - shift, seed], "score": [-2, 1],
+                      "overlap": [0.6, 0.4 + 0.2 * seed], "overlap_layerwise": [0.5, 0.5], "overlap_uniform": [0.3, 0.3],
+                      "rise": [0.5, 1 + shift], "rise_random": [[1, 2, 3], [0, 1, 2]]}
+            place = {"round": 2, "percent": 67, "seed": seed, "on": on}
+            found.append((place, put(store, "removed", f"{on} {seed}", {"arms": ["imp", "distilled"]}, **values)))
+    return found
+
+
+def test_what_masks_remove_by_arm_and_loss(store):
+    made = mask_rows(store)
+    failed = ({"round": 2, "percent": 67, "seed": 2, "on": "real"}, put(store, "removed", "bad", None))
+    table = curvature.removed(store, [*made, failed, MISSING])
+    assert len(table) == 8
+    first = table[(table["on"] == "real") & (table["seed"] == 1) & (table["arm"] == "distilled")].iloc[0]
+    names = ["overlap_excess", "rise_random", "rise_least", "rise_most"]
+    assert [first[name] for name in names] == pytest.approx([0.1, 1, 0, 2])
+    assert math.isnan(first["all"])
+    assert list(curvature.removed(store, [MISSING]).columns)[-2:] == ["failed", "key"]
+    found = numbers(store, removed=[*made, failed])
+    assert {name: pytest.approx(n.value) for name, n in found.items() if name.startswith("distilled.")} == {
+        "distilled.removed_excess@67": 0.5, "distilled.removed_score@67": 1, "distilled.overlap@67": 0.5,
+        "distilled.overlap_excess@67": 0.0, "distilled.removal_rise@67": 1, "distilled.removal_excess@67": 0,
+        "distilled.removed_excess_idc@67": 0.5, "distilled.removed_score_idc@67": 1, "distilled.overlap_idc@67": 0.5,
+        "distilled.overlap_excess_idc@67": 0.0, "distilled.removal_rise_idc@67": 2, "distilled.removal_excess_idc@67": 1}
+    assert found["imp.removed_excess_idc@67"].value == -2
+    assert found["imp.removed_excess@67"].n == 2
+
+
+def edge_rows(store: Store, ratios: dict) -> list[tuple[dict, str]]:
+    found = []
+    for (arm, percent, seed), values in ratios.items():
+        count = range(len(values))
+        key = put(store, "edge", f"{arm} {seed}", {"edge_highest": max(values[:2])}, steps=list(count), top=values, ratio=values,
+                  epochs=[i / 2 for i in count], top_error=[0.0 for _ in count], lr=[0.1 for _ in count])
+        found.append(({"arm": arm, "round": 2, "percent": percent, "seed": seed}, key))
+    return found
+
+
+def test_the_highest_ratio_along_training(store):
+    made = edge_rows(store, {("dense", 0, 0): [0.1, 1.2, 0.9], ("dense", 0, 1): [0.8, 0.2, math.nan], ("imp", 67, 0): [0.5]})
+    table = curvature.edges(store, [*made, MISSING])
+    assert len(table) == 6
+    found = numbers(store, edge=made)
+    assert {name: pytest.approx(n.value) for name, n in found.items()} == {"dense.edge_highest": 1.0, "imp.edge_highest@67": 0.5}
+    assert found["dense.edge_highest"].n == 2
+
+
+# --- correlation with accuracy ----------------------------------------------------------------------------------------
+
+def study(store: Store, seeds: int = 3) -> dict[str, list]:
+    """Within a sparsity error rises with the trace, and both are higher at the higher one; two children of each ticket."""
+    curved, errors = {("dense", 0, s): {"trace": 99.0, "trace_per_weight": 9.9, "top_eigenvalue": 7.0} for s in range(seeds)}, []
+    for percent, shift in ((36, 0.0), (67, 10.0)):
+        for i, arm in enumerate(("imp", "distilled", "random")):
+            for seed in range(seeds):
+                trace = shift + i + seed / 10
+                curved[arm, percent, seed] = {"trace": trace, "trace_per_weight": trace * (2 if percent == 67 else 1),
+                                              "top_eigenvalue": 7.0}
+                for child, error in enumerate((0.1 + trace / 100 - shift / 50, 0.9)):
+                    place = {"arm": arm, "round": 2, "percent": percent, "seed": seed, "child": child}
+                    errors.append((place, put(store, "network", f"{place}", {"error": error})))
+    for seed in range(seeds):
+        place = {"arm": "dense", "round": 0, "percent": 0, "seed": seed, "child": 0}
+        errors.append((place, put(store, "network", f"{place}", {"error": 0.01})))
+    return {"hessian": rows(store, "hessian", curved), "tickets": errors}
+
+
+def test_accuracy_falls_with_curvature_at_equal_sparsity(store):
+    parts = study(store)
+    table = curvature.networks(store, parts)
+    assert len(table) == 3 * 7
+    assert table["accuracy"].tolist()[0] == pytest.approx(0.99)
+    found = numbers(store, **parts)
+    # over all sparsities together the order would be mixed, and the dense network would count
+    assert (found["correlation.trace"].value, found["correlation.trace"].n) == (pytest.approx(-1.0), 3)
+    assert found["correlation.trace_kendall"].value == pytest.approx(-1.0)
+    assert "correlation.top_eigenvalue" not in found  # it is the same everywhere
+    assert "correlation.sharpness" not in found
+    good = table[table["arm"] != "dense"]
+    moved = table.assign(accuracy=np.where(table["arm"] == "imp", 0.5, table["accuracy"]))
+    asked = rank_correlation(good["trace"].tolist(), moved[moved["arm"] != "dense"]["accuracy"].tolist(), good["seed"].tolist(),
+                             generator_for("hessian.correlation.trace", "bootstrap"), strata=good["percent"].tolist())
+    assert curvature.correlation(moved, "trace") == asked
+    assert asked.low < asked.high
+    used = {artifact.key for _, _, artifact in store.lineage(found["correlation.trace"].key)}
+    measured = {key for place, key in parts["hessian"] if place["arm"] != "dense"}
+    first = {key for place, key in parts["tickets"] if place["arm"] != "dense" and place["child"] == 0}
+    assert used == {found["correlation.trace"].key} | measured | first
+    again = numbers(store, **parts)
+    assert again["correlation.trace"] == found["correlation.trace"]
+
+
+def test_too_few_networks_have_no_correlation(store):
+    one = study(store, seeds=1)
+    assert numbers(store, **one)["correlation.trace"].low is None
+    single = {"hessian": one["hessian"][:2], "tickets": one["tickets"]}  # dense, and one arm at one sparsity
+    assert not [name for name in numbers(store, **single) if "correlation" in name]
+    text = curvature_tables.correlation_table(curvature.networks(store, single))
+    assert set(text.to_numpy().ravel()) == {"not measured"}
+    assert "not measured" in curvature_tables.order_text(curvature.networks(store, single))
+    assert not len(curvature.networks(store, {"tickets": one["tickets"]}))  # without curvature there is no row
+    assert not len(curvature.networks(store, {}))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+def test_the_order_of_arms_by_both_protocols():
+    flat = {"dense": (9.0, 1.0), "imp": (1.0, 3.0), "distilled": (2.0, 2.0), "random": (3.0, 9.0)}
+    table = pd.DataFrame([{"arm": arm, "percent": 67 if arm != "dense" else 0, "seed": seed, "published_mean": published + seed,
+                           "trace_per_weight": corrected + seed} for arm, (published, corrected) in flat.items()
+                          for seed in range(2)])
+    assert curvature_tables.order_text(table) == (
+        "By the published protocol IMP, rewound to start is flattest and random mask sharpest; by the corrected one distilled "
+        "pruning (IDC) and random mask. 1 of 3 pairs of arms changes order (means of 2 initialisations, whatever their "
+        "intervals). Distilled pruning is not flatter than IMP by the published protocol and flatter by the corrected one.")
+
+
+def test_sheets_say_what_was_not_measured(store):
+    parts = {"hessian": hessians(store)}
+    text = curvature_tables.sheet(curvature.networks(store, parts), curvature_tables.PROTOCOLS)
+    assert text.index.tolist() == ["dense", "IMP, rewound to start, 67% sparse", "distilled pruning (IDC), 36% sparse",
+                                   "distilled pruning (IDC), 67% sparse"]
+    assert text["corrected"].tolist()[2] == "2.00 (n = 1)"
+    assert set(text["published, all entries"]) == {"not measured"}
+    for columns in (curvature_tables.OVERVIEW, curvature_tables.SPECTRUM, curvature_tables.MATRICES, curvature_tables.SHARPNESS):
+        assert {measure for measure, _ in columns.values()} <= set(curvature.networks(store, {}))
+        assert not len(curvature_tables.sheet(curvature.networks(store, {}), columns))
+
+
+def test_sheets_cut_intervals_as_the_numbers_do():
+    table = pd.DataFrame([{"arm": "imp", "percent": 67, "seed": seed, "failed": None, "sharpness": value, "negative_low": value,
+                           "average_sharpness": value} for seed, value in enumerate((0.1, 0.9))])
+    columns = {"a": ("sharpness", "number"), "b": ("average_sharpness", "number"), "c": ("negative_low", "percent")}
+    assert curvature_tables.sheet(table, columns).iloc[0].tolist() == [
+        "0.500 [0, 5.58] (n = 2)", "0.500 [−4.58, 5.58] (n = 2)", "50.0% [0.0, 100.0] (n = 2)"]
