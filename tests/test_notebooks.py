@@ -19,7 +19,7 @@ TINY = {"train_images": 100, "test_images": 50, "width": 2, "epochs": 1, "sets":
         "distill_outer": 1, "distill_inner": 1, "distill_network_images": 20, "set_epochs": 1, "evaluation_seeds": 1,
         "arms": ["imp", "distilled"], "rounds": 1, "at_rounds": [1], "rewind_epochs": 0.5, "seeds": 1, "points": 3,
         "plane_arms": ["dense"], "plane_resolution": 3, "plane_images": 20, "hessian_arms": ["dense", "distilled"],
-        "hessian_images": 20, "probes": 2, "lanczos_steps": 2, "spawn_epochs": [0.5]}
+        "hessian_images": 20, "probes": 2, "lanczos_steps": 2}
 
 each = pytest.mark.parametrize("path", SOURCES, ids=STEMS)
 

@@ -244,6 +244,7 @@ def test_what_is_measured_follows_the_arms():
     assert study.between_arms == ("imp",)
     assert study.spawn_arms == ("dense", "imp")
     assert load_study("smoke", {"arms": "random"}).between_arms == ("dense",)
+    assert load_study("tickets", {"epochs": 2}).spawn_epochs == (0.25, 0.5, 1.0)
 
 
 def test_old_keys_stay():

@@ -54,7 +54,8 @@ def read_profile(name: str) -> dict[str, Any]:
 def load_study(profile: str, overrides: dict[str, Any] | None = None) -> Study:
     """The study of a profile with some parameters changed; words are read as the declared types.
 
-    Where ``arms`` changes and the lists of arms to be measured do not, arms that are gone are not measured either.
+    Where ``arms`` changes and the lists of arms to be measured do not, arms that are gone are not measured either; where
+    ``epochs`` gets fewer and spawn_epochs does not change, children do not part after the end.
     Raises ``ValueError`` on an unknown profile or parameter, a wrong type or a value out of range.
     """
     settings: dict[str, Any] = {}
@@ -68,4 +69,7 @@ def load_study(profile: str, overrides: dict[str, Any] | None = None) -> Study:
             if "arms" in source and name not in source:
                 before = settings.get(name, getattr(Study, name))
                 settings[name] = tuple(a for a in before if a in ("dense", *settings["arms"])) or ("dense",) * bool(before)
+        if "epochs" in source and "spawn_epochs" not in source:
+            before = settings.get("spawn_epochs", Study.spawn_epochs)
+            settings["spawn_epochs"] = tuple(epoch for epoch in before if epoch < settings["epochs"])
     return Study(**settings)
