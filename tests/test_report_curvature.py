@@ -218,7 +218,7 @@ def test_sheets_say_what_was_not_measured(store):
     assert text.index.tolist() == ["dense", "IMP, rewound to start, 67% sparse", "distilled pruning (IDC), 36% sparse",
                                    "distilled pruning (IDC), 67% sparse"]
     assert text["corrected"].tolist()[2] == "2.00 (n = 1)"
-    assert set(text["published, all entries"]) == {"not measured"}
+    assert set(text["published, removed as zeros"]) == {"not measured"}
     for columns in (curvature_tables.OVERVIEW, curvature_tables.SPECTRUM, curvature_tables.MATRICES, curvature_tables.SHARPNESS):
         assert {measure for measure, _ in columns.values()} <= set(curvature.networks(store, {}))
         assert not len(curvature_tables.sheet(curvature.networks(store, {}), columns))

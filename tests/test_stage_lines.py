@@ -20,7 +20,7 @@ SETTINGS = {"arms": ("imp", "ltr", "distilled", "imp_borrowed", "imp_transferred
             "spawn_epochs": (0.25, 1.5), "spawn_seeds": 1, "layer_arms": ("imp",), "between_arms": ("dense", "imp", "distilled"),
             "plane_arms": ("imp",), "plane_sets": ("idc",), "trajectory_points": 2, "square_arms": ("dense",),
             "square_resolution": 3, "around_arms": ("imp",), "around_resolution": 3, "profile_arms": ("imp",),
-            "profile_directions": 2, "profile_points": 3, "at_rounds": (1, 2), "points": 5}
+            "profile_directions": 2, "profile_points": 5, "at_rounds": (1, 2), "points": 5}
 PARTS = ("connectivity", "train_paths", "statistics", "instability", "layers", "between", "landscape", "plane_sets", "trajectory",
          "square", "around", "profile")
 
@@ -195,14 +195,14 @@ def test_around_and_profile_stay_within_the_mask(done):
     found = landscape.profile(spec, model, params, buffers, directions, images, dataset.test.labels, mask=mask)
     saved = store.get(unit.key)
     assert torch.equal(found.losses, saved.tensors["losses"])
-    assert saved.result["loss_rise"] == pytest.approx(float(found.losses[:, [0, 2]].mean() - found.losses[0, 1]))
+    assert saved.result["loss_rise"] == pytest.approx(float(found.losses[:, [1, 3]].mean() - found.losses[0, 2]))
     centre = store.get(made.around()[0].unit.key).tensors["losses"][1, 1]
-    assert float(centre) == pytest.approx(float(found.losses[0, 1]))
+    assert float(centre) == pytest.approx(float(found.losses[0, 2]))
 
 
 @pytest.mark.parametrize(("part", "changes", "step"), [
     ("connectivity", {"points": 9}, 2), ("layers", {"points": 9}, 2), ("landscape", {"plane_resolution": 5}, 2),
-    ("square", {"square_resolution": 5}, 2), ("around", {"around_resolution": 5}, 2), ("profile", {"profile_points": 5}, 2)])
+    ("square", {"square_resolution": 5}, 2), ("around", {"around_resolution": 5}, 2), ("profile", {"profile_points": 9}, 2)])
 def test_more_points_refine_and_measure_nothing_twice(done, monkeypatch, part, changes, step):
     store, made = done
     before, after = getattr(made, part)()[0].unit, getattr(plan(**SETTINGS | changes), part)()[0].unit
@@ -214,11 +214,12 @@ def test_more_points_refine_and_measure_nothing_twice(done, monkeypatch, part, c
     monkeypatch.setattr(run, "SMALL", float("inf"))
     assert not compute(store, [after], device="cpu").errors
     old, new = store.get(before.key).tensors, store.get(after.key).tensors
+    assert store.get(after.key).result["refined"] == before.key
     axes = (slice(None, None, step),) * (2 if part in ("landscape", "square", "around") else 1)
     for name in ("errors", "losses"):
         assert torch.equal(old[name], new[name][(..., *axes)])
     unique = {"connectivity": 9 - 5, "layers": 2 * 4 * 4, "landscape": 25 - 9, "square": 25 - 9, "around": 25 - 9,
-              "profile": 2 * 2}[part]
+              "profile": 2 * 4}[part]
     assert sum(counted) == unique
 
 
@@ -229,6 +230,9 @@ def test_counts_that_share_points():
 
 def test_bad_settings_are_named():
     for changes, said in (({"spawn_epochs": (0.5, 9)}, r"spawn_epochs must lie between 0 and epochs \(2\), got 9"),
+                          ({"spawn_epochs": (1.99,)}, "spawn_epochs must be different steps before the end, but 1.99 is"),
+                          ({"spawn_epochs": (1.0, 1.001)}, r"but 1.001 is step 5, that of 1; an epoch has 5 steps"),
+                          ({"profile_points": 19}, "profile_points must be one more than a multiple of 4"),
                           ({"spawn_seeds": 5}, r"spawn_seeds must lie in \[0, 2\], the seeds \(0: all of them\), got 5"),
                           ({"statistics_norm": "whatever"}, "statistics_norm must be"),
                           ({"plane_sets": ("unheard",)}, "plane_sets must be chosen from"),

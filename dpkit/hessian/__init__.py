@@ -23,7 +23,7 @@ from dpkit.hessian.block_lanczos import block_eigenpairs
 from dpkit.hessian.checks import subset
 from dpkit.hessian.deflate import Deflated, deflated_trace_and_diagonal, hutch_plus_plus
 from dpkit.hessian.density import Curve, Density, spectral_density
-from dpkit.hessian.diagonal import Diagonal, diagonal, exact_diagonal, trace_and_diagonal
+from dpkit.hessian.diagonal import Diagonal, diagonal, diagonal_and_sums, exact_diagonal, trace_and_diagonal
 from dpkit.hessian.eigenspaces import Overlap, eigenspace_overlap, space_overlap
 from dpkit.hessian.entries import Entries, entries
 from dpkit.hessian.estimate import Estimate, LinearOperator
@@ -44,7 +44,7 @@ from dpkit.hessian.xtrace import xtrace
 __all__ = ["MATRICES", "Answers", "Curve", "Deflated", "Density", "Diagonal", "EffectiveRank", "Eigenpairs", "Entries",
            "Estimate", "HessianSpec", "LinearOperator", "Moments", "NegativeMass", "NetworkLoss", "Operator", "Overlap",
            "Sharpness", "SharpnessSpec", "SparseSpec", "Targeted", "answers", "average_sharpness", "block_eigenpairs",
-           "deflated_trace_and_diagonal", "diagonal", "edge_ratio", "effective_dimension", "effective_rank",
+           "deflated_trace_and_diagonal", "diagonal", "diagonal_and_sums", "edge_ratio", "effective_dimension", "effective_rank",
            "eigenspace_overlap", "entries", "exact_diagonal", "fisher_rao", "fixed_loss", "hutch_plus_plus",
            "last_layer_diagonal", "measure", "moments", "negative_mass", "removal", "removed_curvature", "sharpness",
            "space_overlap", "spectral_density", "subset", "to_error", "top_eigenpairs", "top_eigenvalue", "trace",

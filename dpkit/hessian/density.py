@@ -56,6 +56,27 @@ class Density:
         samples = (self.weights * self.nodes**order).sum(1)
         return Estimate(float(samples.mean()), mean_estimate(samples).standard_error, self.products, len(samples))
 
+    def coarser(self, share: float = 0.5) -> Density:
+        """The same directions after a ``share`` of the Lanczos steps, in (0, 1], at no product: what the rest of them changed.
+
+        A rule's measure determines the tridiagonal matrix that it came from: Lanczos on the diagonal matrix of its nodes, from
+        the roots of its weights, gives that matrix again, and its leading part is that of fewer steps (Golub and Welsch 1969).
+        Eigenvalues that are known exactly stay.
+        """
+        sampled = self.nodes.shape[1] - self.known
+        steps = max(1, int(share * sampled))
+        nodes, weights = self.nodes[:, :sampled].clone(), torch.zeros(len(self.nodes), sampled, dtype=torch.float64)
+        for row in range(len(nodes)):
+            mass = self.weights[row, :sampled]
+            used = mass > 0
+            if not bool(used.any()):
+                continue
+            values, found = _leading(self.nodes[row, :sampled][used], mass[used], steps)
+            nodes[row] = values[-1]
+            nodes[row, :len(values)], weights[row, :len(values)] = values, found * mass.sum()
+        return Density(torch.cat([nodes, self.nodes[:, sampled:]], 1), torch.cat([weights, self.weights[:, sampled:]], 1),
+                       self.products, self.size, self.known)
+
     def above(self, threshold: float) -> Estimate:
         """The share of eigenvalues above ``threshold``, with its standard error over the directions.
 
@@ -190,3 +211,23 @@ def _rules(op: LinearOperator, probes: int, steps: int, generator: torch.Generat
 def _broadened(grid: Tensor, nodes: Tensor, weights: Tensor, width: float) -> Tensor:
     scaled = (grid[:, None] - nodes) / width
     return (weights * torch.exp(-0.5 * scaled.square())).sum(1) / (width * math.sqrt(2 * math.pi))
+
+
+def _leading(nodes: Tensor, weights: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights, with sum 1, of the rule of at most ``steps`` nodes for the measure of a finer one."""
+    vector = (weights / weights.sum()).sqrt()
+    basis, alphas, betas = [vector], [], []
+    for _ in range(min(steps, len(nodes))):
+        image = nodes * basis[-1]
+        alphas.append(torch.dot(basis[-1], image))
+        known = torch.stack(basis)
+        for _ in range(2):
+            image = image - known.T @ (known @ image)
+        beta = image.norm()
+        if not beta > 1e-12 * nodes.abs().max():
+            break
+        betas.append(beta)
+        basis.append(image / beta)
+    off = torch.stack(betas[:len(alphas) - 1]) if len(alphas) > 1 else torch.zeros(0, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1))
+    return values, vectors[0].square()

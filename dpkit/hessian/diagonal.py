@@ -1,6 +1,7 @@
 """Diagonal, exactly (small networks) or by random probes."""
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,21 @@ def trace_and_diagonal(op: LinearOperator, probes: int,
         count += block
     errors = (spread / (count * (count - 1))).sqrt()
     return mean_estimate(torch.cat(quadratic)), Diagonal(mean.cpu(), errors.cpu(), count)
+
+
+def diagonal_and_sums(op: LinearOperator, groups: Tensor, probes: int,
+                      generator: torch.Generator) -> tuple[list[Estimate], Diagonal]:
+    """:func:`diagonal`, and the sum of its entries over each of the ``groups`` (g, n) bool, from the same products.
+
+    A group's error is that of the probes' own sums over it, as for a trace (:func:`trace_and_diagonal`). Raises as
+    :func:`diagonal`, and ``ValueError`` where the groups are not of the operator's size.
+    """
+    if groups.dim() != 2 or groups.shape[1] != op.size:
+        raise ValueError(f"groups must be (g, {op.size}), a row of the operator's entries each, got {tuple(groups.shape)}")
+    blocks = [samples.double().cpu() for samples in probed(op, probes, generator)]
+    samples = torch.cat(blocks, 1)
+    sums = [mean_estimate(samples[group].sum(0)) for group in groups.cpu().bool()]
+    return sums, Diagonal(samples.mean(1), samples.std(1) / math.sqrt(probes), probes)
 
 
 def exact_diagonal(op: LinearOperator, *, limit: int = 5000, block: int = 64, entries: Tensor | None = None,

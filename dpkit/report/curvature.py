@@ -33,7 +33,7 @@ MEASURES = {
     "spectra": ("lowest_eigenvalue", "frobenius", "negative_fraction", "negative_low", "negative_high", "rank_entropy",
                 "rank_participation", "gn_trace", "gn_top", "gn_share", "fisher_trace", "last_layer_mean", "deflated_trace",
                 "deflated_trace_error"),
-    "diagonals": ("published_mean", "published_error", "published_surviving"),
+    "diagonals": ("exact", "published_mean", "published_mean_error", "published_surviving", "published_loose"),
     "tickets": ("accuracy",)}
 PARTS = tuple(MEASURES)
 ALONG = ("edge_highest", "edge_last")  # of a whole training
@@ -45,7 +45,7 @@ PRINTED = {
     "spectra": {"lowest_eigenvalue": "mean", "frobenius": "length", "negative_fraction": "fraction", "rank_entropy": "length",
                 "rank_participation": "length", "gn_trace": "length", "gn_top": "length", "gn_share": "mean",
                 "fisher_trace": "length", "last_layer_mean": "length"},
-    "diagonals": {"published_mean": "mean", "published_surviving": "mean"}}
+    "diagonals": {"published_mean": "mean", "published_surviving": "mean", "published_loose": "mean"}}
 RATIOS = {"sharpness": ("sharpness", "adaptive_sharpness"), "diagonals": ("published_mean", "published_surviving")}
 #: what is set against accuracy, and how it is called
 CORRELATED = {"trace_per_weight": "trace per surviving weight", "top_eigenvalue": "top eigenvalue", "trace": "trace",

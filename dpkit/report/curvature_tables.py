@@ -30,8 +30,10 @@ MATRICES = {"trace of the Hessian": ("deflated_trace", "number"), "of Gauss-Newt
 SHARPNESS = {"sharpness": ("sharpness", "number"), "average": ("average_sharpness", "number"),
              "adaptive": ("adaptive_sharpness", "number"), "adaptive, average": ("adaptive_average", "number"),
              "Fisher-Rao, squared": ("fisher_rao", "number")}
-PROTOCOLS = {"published, all entries": ("published_mean", "number"), "published, surviving": ("published_surviving", "number"),
-             "corrected": ("trace_per_weight", "number"), "surviving weights": ("surviving", "number")}
+PROTOCOLS = {"published, removed as zeros": ("published_mean", "number"), "its error": ("published_mean_error", "number"),
+             "exact": ("exact", "percent"), "published, surviving": ("published_surviving", "number"),
+             "published, removed let loose": ("published_loose", "number"), "corrected": ("trace_per_weight", "number"),
+             "surviving weights": ("surviving", "number")}
 
 
 def sheet(table: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:

@@ -40,7 +40,8 @@ MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
                 "trace", "top_eigenvalue", "frobenius", "negative_total", "negative_fraction", "rank_entropy",
                 "rank_participation", "gn_trace", "gn_top", "fisher_trace") for end in ("", "_error"))
             + ("size", "products", "lowest_eigenvalue", "last_layer_mean", "negative_low", "negative_high"),
-            "diagonal": ("exact", "published_mean", "published_surviving", "published_error", "size", "surviving"),
+            "diagonal": ("exact", "published_mean", "published_mean_error", "published_surviving", "published_surviving_error",
+                         "published_loose", "published_loose_error", "size", "surviving"),
             "removed": ("images",), "edge": ("edge_highest", "edge_last"),
             "hessian": ("trace", "trace_error", "top_eigenvalue", "top_eigenvalue_error", "surviving", "trace_per_weight",
                         "diagonal_negative", "diagonal_error", "products")}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from dpkit.stages.unit import Context, Output, Unit, stage
 from dpkit.store import Artifact
 from dpkit.training import TrainSpec
 from dpkit.tree import Mask
+
+FLAT = 1e-6  # eigenvalues of a loss in nats below this are rounding: the network does not depend on its weights
 
 
 def _fixed(context: Context, unit: Unit, count: int, parents: Mapping[str, Artifact]) -> tuple[Tensor, Tensor]:
@@ -42,6 +45,18 @@ def _named(**found: Estimate) -> dict[str, float]:
             for end, field in (("", "value"), ("_error", "standard_error"))}
 
 
+def _as_failure(function):
+    """A network on which a measure is not defined (a collapsed one, say) is a row without a result and stops no chapter."""
+    @wraps(function)
+    def measured(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
+        try:
+            return function(context, unit, parents)
+        except ValueError as error:
+            return Output({}, {}, failed=str(error).splitlines()[0])
+
+    return measured
+
+
 @stage("hessian", 1)
 def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """Trace, diagonal and top eigenvalue at a trained network, on surviving weights. Result: values and standard errors."""
@@ -63,6 +78,7 @@ def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact
 
 
 @stage("sharpness", 1)
+@_as_failure
 def measure_sharpness(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """Plain and adaptive sharpness, worst case and average, and the squared Fisher-Rao norm, on surviving weights; all in nats.
 
@@ -72,7 +88,7 @@ def measure_sharpness(context: Context, unit: Unit, parents: Mapping[str, Artifa
     spec, model = SharpnessSpec(**unit.spec["sharpness"]), ModelSpec(**unit.spec["model"])
     images, labels = _fixed(context, unit, spec.images, parents)
     loss = hessian.fixed_loss(model, *on_device(context.device, parents["network"]), images, labels, _mask(context, parents),
-                              count=len(images), dtype=spec.dtype)
+                              count=len(images), scope=spec.scope, dtype=spec.dtype)
     found = hessian.measure(spec, loss, tree.generator_for(unit.spec["seed"], "sharpness"))
     return Output({}, {"sharpness": found.plain.value, "sharpness_first": found.plain.first_order,
                        "adaptive_sharpness": found.adaptive.value, "adaptive_first": found.adaptive.first_order,
@@ -95,6 +111,7 @@ def _operators(context: Context, unit: Unit, parents: Mapping[str, Artifact], co
 
 
 @stage("spectrum", 1)
+@_as_failure
 def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """The whole spectrum at a trained network, on surviving weights.
 
@@ -105,6 +122,8 @@ def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifac
     spec = SpectrumSpec(**unit.spec["spectrum"])
     operator = _operators(context, unit, parents, spec.images, spec.dtype, spec.pair_products + spec.probes * spec.steps)
     found = spectrum(spec, operator, tree.generator_for(unit.spec["seed"], "spectrum"))
+    if float(found.pairs.values.abs().max()) < FLAT:
+        return Output({}, {"size": found.size, "products": found.products}, failed="no curvature above rounding")
     grid, values, errors = curve(found.density)
     top, lowest = int(found.pairs.values.argmax()), found.density.nodes[found.density.weights > 0].min()
     model = ModelSpec(**unit.spec["model"])
@@ -124,11 +143,14 @@ def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifac
 
 
 @stage("diagonal", 1)
+@_as_failure
 def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
-    """The published protocol: the diagonal on one augmented batch of 64, in train mode, pruned entries included.
+    """The published protocol: the diagonal on one augmented batch of 64, in train mode, pruned entries counted.
 
-    Exact where there are at most ``limit`` entries, else by probes. CutMix is left out, as its mixed labels are not a class.
-    Tensors: values and errors (n,), survives (n,) bool. Result: means over all entries and over those that survive.
+    The batch is augmented as in training on real data. Exact where there are at most ``limit`` entries, else by probes. CutMix is
+    left out, as its mixed labels are not a class. Tensors: values and errors (n,), survives (n,) bool. Result, with standard
+    errors: published_mean, over all entries with those of pruned weights as 0, which they are where the mask is part of the
+    function; published_surviving, over the surviving ones; published_loose, over all, pruned ones as if let loose.
     """
     spec, model, dataset = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"]), context.dataset(unit.data)
     seed = unit.spec["seed"]
@@ -138,20 +160,26 @@ def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifac
     mask = _mask(context, parents)
     op = Operator.from_spec(spec.replace(images=len(images)), model, *on_device(context.device, parents["network"]), images,
                             dataset.train.labels[chosen].to(context.device), mask=mask, compile="auto")
-    exact = op.size <= unit.spec["limit"]
-    found = (hessian.exact_diagonal(op, limit=unit.spec["limit"]) if exact
-             else hessian.diagonal(op, spec.probes, tree.generator_for(seed, "probes")))
     survives = torch.ones(op.size, dtype=torch.bool)
     if mask is not None:
         survives = op.flatten({name: mask[name] for name in op.names}).cpu()
-    means = {"published_mean": found.values.mean(), "published_surviving": found.values[survives].mean()}
-    error = 0.0 if exact else float(found.standard_errors.square().sum().sqrt()) / op.size
+    exact, surviving = op.size <= unit.spec["limit"], int(survives.sum())
+    if exact:
+        found = hessian.exact_diagonal(op, limit=unit.spec["limit"])
+        sums = [Estimate(float(values.sum()), 0.0, op.size) for values in (found.values, found.values[survives])]
+    else:
+        groups = torch.stack([torch.ones_like(survives), survives])
+        sums, found = hessian.diagonal_and_sums(op, groups, spec.probes, tree.generator_for(seed, "probes"))
+    means = {"published_mean": (sums[1], op.size), "published_surviving": (sums[1], surviving),
+             "published_loose": (sums[0], op.size)}
+    result = _named(**{name: Estimate(total.value / size, total.standard_error / size, total.products)
+                       for name, (total, size) in means.items()})
     return Output({"values": found.values.float(), "errors": found.standard_errors.float(), "survives": survives},
-                  {"exact": exact, **{name: float(value) for name, value in means.items()}, "published_error": error,
-                   "size": op.size, "surviving": int(survives.sum()), "products": found.products})
+                  {"exact": exact, **result, "size": op.size, "surviving": surviving, "products": found.products})
 
 
 @stage("removed", 1, tolerant=True)
+@_as_failure
 def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """Curvature of the weights that each arm's mask removes from the dense trained network, and overlap with its top eigenspace.
 
@@ -160,15 +188,19 @@ def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact
     what random masks give, overlap_layerwise and overlap_uniform, and overlap_score; rise, of the loss when the removed weights
     are set to 0, and rise_random (A, draws), of random masks. eigenvalues and residuals (k,). Result: the arms.
     """
-    if "network" not in parents:
-        return Output({}, {}, failed="the dense network has no result")
+    for role, word in (("network", "the dense network"), ("images", "the small set")):
+        if role in unit.parents and role not in parents:
+            return Output({}, {}, failed=f"{word} has no result")
+    arms = [arm for arm in unit.spec["arms"] if arm in parents]
+    if not arms:
+        return Output({}, {}, failed="no ticket has a result")
     spec, model = SparseSpec(**unit.spec["removed"]), ModelSpec(**unit.spec["model"])
     images, labels = _fixed(context, unit, spec.images, parents)
     network = on_device(context.device, parents["network"])
     products = spec.probes + spec.lanczos_steps + len(unit.spec["arms"]) * (1 + spec.draws)
     op = Operator(model, *network, images, labels, dtype=getattr(torch, spec.dtype), compile="auto", products=products)
     loss = hessian.fixed_loss(model, *network, images, labels, count=len(images), dtype=spec.dtype)
-    arms = [arm for arm in unit.spec["arms"] if arm in parents]
+    spec = spec.replace(lanczos_steps=min(spec.lanczos_steps, op.size), directions=min(spec.directions, op.size))
     masks = {}
     for arm in arms:
         mask = tree.to(parents[arm].group("mask"), context.device)
@@ -190,6 +222,7 @@ def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact
 
 
 @stage("edge", 1)
+@_as_failure
 def measure_edge(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """The Hessian's top eigenvalue along a training, and how close to the edge of stability it is (Cohen et al. 2021).
 

@@ -42,15 +42,25 @@ def shown(context: Context, unit: Unit) -> tuple[Split, torch.Tensor]:
 def stored(context: Context, unit: Unit, group: str, counts: Iterable[int], field: str) -> Artifact | None:
     """The same measurement with another count of points, if the store has one; the first of ``counts`` that it has.
 
-    Points that two measurements share have the same values to the last bit, so they need not be measured twice.
+    On a processor points that two measurements share have the same values to the last bit, so they need not be measured twice; on
+    a GPU, where networks are evaluated together, they have not, and nothing is taken over.
     """
+    if context.device != "cpu":
+        return None
     parents = {role: parent.key for role, parent in unit.parents.items()}
     for count in counts:
         spec = {**unit.spec, group: {**unit.spec[group], field: count}}
         key = key_for(unit.stage, unit.version, spec, parents)
-        if count != unit.spec[group][field] and context.store.has(key) and not context.store.get(key).failed:
-            return context.store.get(key)
+        if count != unit.spec[group][field] and context.store.has(key):
+            found = context.store.get(key)
+            if not found.failed and found.meta.get("device") == "cpu":
+                return found
     return None
+
+
+def refined(before: Artifact | None) -> dict[str, str]:
+    """Which artifact's points were taken over, for the result; nothing where all were measured."""
+    return {"refined": before.key} if before else {}
 
 
 def nested(points: int, least: int = 3) -> list[int]:
@@ -72,14 +82,14 @@ def measure_path(context: Context, unit: Unit, parents: Mapping[str, Artifact]) 
     """
     split, few = shown(context, unit)
     spec, known = PathSpec(**unit.spec["path"]), None
-    if found := stored(context, unit, "path", nested(spec.points), "points"):
-        known = connectivity.Path(*(found.tensors[name] for name in ("alphas", "errors", "losses")))
+    if before := stored(context, unit, "path", nested(spec.points), "points"):
+        known = connectivity.Path(*(before.tensors[name] for name in ("alphas", "errors", "losses")))
     found = connectivity.path(spec, ModelSpec(**unit.spec["model"]), on_device(context.device, parents["a"]),
                               on_device(context.device, parents["b"]), split.images, split.labels, statistics_images=few,
                               known=known)
     return Output({"alphas": found.alphas, "errors": found.errors, "losses": found.losses},
                   {"error_barrier": found.error_barrier, "loss_barrier": found.loss_barrier,
-                   "stable": connectivity.is_stable(found.error_barrier)})
+                   "stable": connectivity.is_stable(found.error_barrier), **refined(before)})
 
 
 @stage("layers", 1)
@@ -99,7 +109,7 @@ def measure_layers(context: Context, unit: Unit, parents: Mapping[str, Artifact]
     names = ("alphas", "errors", "losses", "others_errors", "others_losses", "end_errors", "end_losses")
     return Output({name: getattr(found, name) for name in names},
                   {"layers": list(found.layers), "highest_barrier": float(found.error_barriers.max()),
-                   "highest_others_barrier": float(found.others_error_barriers.max())})
+                   "highest_others_barrier": float(found.others_error_barriers.max()), **refined(before)})
 
 
 @stage("alignment", 1)

@@ -43,7 +43,7 @@ class Curvature(Places):
         """The published protocol's diagonal: on one augmented batch, in train mode, pruned entries included."""
         study, rows = self.study, []
         spec = HessianSpec.published(probes=study.diagonal_probes).to_dict()
-        how = {"hessian": spec, "augment": study.set_augment, "limit": study.diagonal_limit}
+        how = {"hessian": spec, "augment": study.augment, "limit": study.diagonal_limit}
         for place, parents in self._networks(study.diagonal_arms, one=True):
             rows.append(Entry(place, self._measured("diagonal", how, place, parents, "published diagonal")))
         return rows

@@ -17,6 +17,10 @@ class Lines(Places):
 
     normed: dict[str, Lines] = field(default_factory=dict, repr=False)  # the units of this study with another norm
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.spawn_steps  # noqa: B018  what does not fit is better found now
+
     def connectivity(self) -> list[Entry]:
         """The path between each pair of children of one ticket."""
         return [Entry(place, self._path(ends, label)) for place, ends, label in self.pairs()]
@@ -58,8 +62,16 @@ class Lines(Places):
     @property
     def spawn_steps(self) -> dict[int, float]:
         """The steps at which children part, with the epochs that were asked for."""
-        per_epoch = self.study.train.steps_per_epoch(self.identity["train"])
-        return {max(1, round(epochs * per_epoch)): epochs for epochs in sorted(self.study.spawn_epochs)}
+        per_epoch, last = self.study.train.steps_per_epoch(self.identity["train"]), self.study.train.steps(self.identity["train"])
+        found: dict[int, float] = {}
+        for epochs in sorted(self.study.spawn_epochs) if self.study.spawn_arms else ():
+            step = max(1, round(epochs * per_epoch))
+            if step in found or step >= last:
+                why = f"the end of {last} steps" if step >= last else f"that of {found[step]:g}"
+                raise ValueError(f"spawn_epochs must be different steps before the end, but {epochs:g} is step {step}, {why}; "
+                                 f"an epoch has {per_epoch} steps")
+            found[step] = epochs
+        return found
 
     def instability(self) -> list[Entry]:
         """Paths between children that share their first steps (Frankle et al. 2020, arXiv 1912.05671, section 3).
@@ -97,9 +109,10 @@ class Lines(Places):
     def between(self) -> list[Entry]:
         """Paths between networks that share an initialisation but not a ticket.
 
-        ``rounds``: the networks that one search trained in successive rounds (Paul et al. 2023, arXiv 2210.03044). ``solution``:
-        what a search trained on its small set, and the first child, trained on real data from the same ticket. ``arms``: the
-        first children of two arms at one round. Searches on images of another space have no paths with others.
+        ``rounds``: the networks that one search trained in successive rounds (Paul et al. 2023, arXiv 2210.03044), all with the
+        same batches and draws. ``solution``: what a search trained on its small set, and the first child, trained on real data
+        from the same ticket. ``arms``: the first child of one arm and the second of another at one round, so that the noise
+        differs as between two children of one arm. Searches on images of another space have no paths with others.
         """
         rows = []
         for relation, one, other, init, ends in self._relations():
@@ -127,7 +140,8 @@ class Lines(Places):
                         yield "solution", (arm, round), (arm, round), init, (self.searched(arm, init, round), child)
             for round in rounds:
                 for a, b in combinations([arm for arm in study.between_arms if arm != "dense"], 2):
-                    yield "arms", (a, round), (b, round), init, (self.child(a, init, round, 0), self.child(b, init, round, 0))
+                    # as two children of one arm: the noise differs
+                    yield "arms", (a, round), (b, round), init, (self.child(a, init, round, 0), self.child(b, init, round, 1))
 
     def _path_spec(self, **changes: Any) -> dict[str, Any]:
         return {"data": self.identity, "model": self.model, "path": self.study.path.replace(**changes).to_dict()}

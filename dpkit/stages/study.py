@@ -141,6 +141,9 @@ class Study(Making):
                 form="square_form")
         checked(lambda: AroundSpec(resolution=self.around_resolution, reach=self.reach), resolution="around_resolution")
         checked(lambda: ProfileSpec(points=self.profile_points, reach=self.reach), points="profile_points")
+        self.require((self.profile_points - 1) % 4 == 0 or not self.profile_arms,
+                     f"profile_points must be one more than a multiple of 4, so that half of the reach is a point; got "
+                     f"{self.profile_points}")
         checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps),
                 images="hessian_images")
         checked(lambda: SpectrumSpec(eigenvalues=self.eigenvalues, pair_products=self.pair_products, probes=self.density_probes,
