@@ -175,3 +175,40 @@ def test_what_makes_no_sense_is_refused():
         with pytest.raises(ValueError, match=line) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_coarser_density_is_that_of_fewer_steps():
+    op = with_spectrum(INDEFINITE)
+    pairs = block_eigenpairs(op, 3, 40, generator("pairs"), which="magnitude", tolerance=1e-9)
+    for known in (None, pairs):
+        fine, few = (spectral_density(op, 4, steps, generator("density"), known) for steps in (24, 12))
+        found = fine.coarser()
+        for row in range(4):
+            used = found.weights[row] > 0
+            assert torch.allclose(found.nodes[row][used], few.nodes[row], atol=1e-8)
+            assert torch.allclose(found.weights[row][used], few.weights[row], atol=1e-8)
+        assert torch.allclose(found.weights.sum(1), torch.ones(4, dtype=torch.float64))
+        same = fine.coarser(1.0)
+        assert torch.allclose(same.nodes, fine.nodes)
+        assert torch.allclose(same.weights, fine.weights)
+
+
+@pytest.mark.parametrize("steps", [8, 16, 32, 64])
+def test_errors_of_mass_and_rank_hold_what_few_steps_miss(steps):
+    """Most eigenvalues near 0, as in a network, where rules of few nodes are biased by far more than directions differ."""
+    bulk = torch.randn(390, generator=generator("bulk"), dtype=torch.float64) ** 3 / 100
+    truth = torch.cat([bulk, torch.linspace(0.5, 4, 10, dtype=torch.float64)])
+    op, sizes = MatrixOperator(torch.diag(truth)), truth.abs()
+    share = sizes / sizes.sum()
+    true = (float(torch.exp(-torch.xlogy(share, share).sum())), float(sizes.sum() ** 2 / sizes.square().sum()),
+            float(truth.clamp(max=0).abs().sum() / sizes.sum()), float(truth.clamp(max=0).sum()))
+    away = []
+    for seed in range(12):
+        pairs = block_eigenpairs(op, 10, 40, generator("pairs", str(seed)), which="magnitude", tolerance=1e-6)
+        density = spectral_density(op, 4, steps, generator("density", str(seed)), pairs)
+        rank, mass = effective_rank(density), negative_mass(density)
+        found = (rank.entropy, rank.participation, mass.fraction, mass.total)
+        away.append([abs(one.value - exact) / one.standard_error for one, exact in zip(found, true, strict=True)])
+    away = torch.tensor(away)
+    assert float((away < 2.5).double().mean()) >= 0.9
+    assert float(away.max()) < 6

@@ -230,3 +230,15 @@ def test_sheets_cut_intervals_as_the_numbers_do():
     columns = {"a": ("sharpness", "number"), "b": ("average_sharpness", "number"), "c": ("negative_low", "percent")}
     assert curvature_tables.sheet(table, columns).iloc[0].tolist() == [
         "0.500 [0, 5.58] (n = 2)", "0.500 [−4.58, 5.58] (n = 2)", "50.0% [0.0, 100.0] (n = 2)"]
+
+
+def test_one_arm_left_out_says_what_hangs_on_it():
+    table = pd.DataFrame([{"arm": arm, "percent": 67, "seed": seed, "trace": trace + seed / 10,
+                           "accuracy": accuracy + seed / 1000}
+                          for arm, trace, accuracy in (("imp", 1.0, 0.5), ("dm", 2.0, 0.6), ("random", 9.0, 0.1))
+                          for seed in range(2)])
+    low, high = curvature.without_one_arm(table, "trace")
+    assert low == pytest.approx(curvature.correlation(table[table["arm"] != "dm"], "trace").value)
+    assert high == pytest.approx(curvature.correlation(table[table["arm"] != "random"], "trace").value)
+    assert low < 0 < high
+    assert curvature.without_one_arm(table[table["arm"] != "dm"], "trace") is None

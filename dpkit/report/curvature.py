@@ -189,6 +189,19 @@ def correlation(table: pd.DataFrame, column: str, method: str = "spearman") -> C
                             method=method, level=LEVEL, draws=DRAWS)
 
 
+def without_one_arm(table: pd.DataFrame, column: str) -> tuple[float, float] | None:
+    """The lowest and highest :func:`correlation` with each arm left out in turn: what hangs on one arm alone. None for fewer
+    than three arms. The interval above is over initialisations and knows nothing of arms that were not tried."""
+    good, found = comparable(table, column), []
+    arms = list(dict.fromkeys(good["arm"]))
+    for arm in arms if len(arms) > 2 else ():
+        rest = good[good["arm"] != arm]
+        if (rest.groupby("percent")[[column, "accuracy"]].nunique().max() > 1).all():
+            found.append(rank_correlation(rest[column].tolist(), rest["accuracy"].tolist(), rest["seed"].tolist(),
+                                          generator_for(column, "bootstrap"), strata=rest["percent"].tolist(), draws=1).value)
+    return (min(found), max(found)) if found else None
+
+
 def _correlation_number(store: Store, table: pd.DataFrame, part: str, column: str, method: str) -> Number | None:
     good, name = comparable(table, column), _correlation_name(column, method)
     keys = sorted({*good[f"key_{part}"], *good["key_tickets"]})

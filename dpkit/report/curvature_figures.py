@@ -21,7 +21,8 @@ from dpkit.report.curvature import Density, at_highest
 from dpkit.report.figures import colour, new, nothing, title
 
 GREY = "#999999"
-PROTOCOLS = {"published_mean": ("published: train mode, one batch as in training, removed entries as zeros", {"marker": "s", "color": "#222222"}),
+PROTOCOLS = {"published_mean": ("published: train mode, one batch, removed entries as zeros",
+                                {"marker": "s", "color": "#222222"}),
              "published_surviving": ("the same, surviving entries only", {"marker": "s", "color": "white",
                                                                           "markeredgecolor": "#222222"}),
              "trace_per_weight": ("corrected: eval mode, fixed images, surviving", {"marker": "D", "color": "#D55E00"})}

@@ -8,7 +8,7 @@ from itertools import combinations
 import pandas as pd
 
 from dpkit.report.arms import averages, called, ordered
-from dpkit.report.curvature import CORRELATED, PRINTED, at_highest, correlation
+from dpkit.report.curvature import CORRELATED, PRINTED, at_highest, correlation, without_one_arm
 from dpkit.report.format import estimate_text, significant
 from dpkit.report.numbers import RANGES
 
@@ -84,10 +84,12 @@ def correlation_table(table: pd.DataFrame) -> pd.DataFrame:
     records = {}
     for column, word in CORRELATED.items():
         found, other = (correlation(table, column, method) for method in ("spearman", "kendall"))
-        records[word] = ["not measured"] * 6 if found is None else [
+        records[word] = ["not measured"] * 7 if found is None else [
             significant(found.value), _between(found.low, found.high), _between(found.fisher_low, found.fisher_high),
-            significant(other.value), str(found.points), str(found.initialisations)]
-    columns = ["Spearman", "95%, initialisations drawn anew", "95%, Fisher's z", "Kendall", "networks", "initialisations"]
+            _between(*(without_one_arm(table, column) or (None, None))), significant(other.value), str(found.points),
+            str(found.initialisations)]
+    columns = ["Spearman", "95%, initialisations drawn anew", "95%, Fisher's z", "one arm left out", "Kendall", "networks",
+               "initialisations"]
     return pd.DataFrame.from_dict(records, orient="index", columns=columns).rename_axis("measure")
 
 

@@ -124,4 +124,5 @@ def project_ways(context: Context, unit: Unit, parents: Mapping[str, Artifact]) 
         # trained once more to be watched, and on this device not to the same weights
         return Output({}, {"off": off}, failed=f"the watched children end {off:.2g} of their distance away from the children")
     return Output({"steps": torch.tensor(steps), "positions": positions, "outside": outside, "relative": relative},
-                  {"off": off, "outside_start": float(relative[:, 0].mean()), "outside_halfway": float(relative[:, len(steps) // 2].mean())})
+                  {"off": off, "outside_start": float(relative[:, 0].mean()),
+                   "outside_halfway": float(relative[:, len(steps) // 2].mean())})
