@@ -228,10 +228,13 @@ def test_counts_that_share_points():
     assert nested(3, least=2)[-1] == 199 or nested(3, least=2)[-1] == 201
 
 
+def test_steps_at_which_children_part_are_there_once():
+    assert plan(**SETTINGS | {"spawn_epochs": (1.5, 1.0, 1.001)}).spawn_steps == {5: 1.0, 8: 1.6}
+
+
 def test_bad_settings_are_named():
     for changes, said in (({"spawn_epochs": (0.5, 9)}, r"spawn_epochs must lie between 0 and epochs \(2\), got 9"),
-                          ({"spawn_epochs": (1.99,)}, "spawn_epochs must be different steps before the end, but 1.99 is"),
-                          ({"spawn_epochs": (1.0, 1.001)}, r"but 1.001 is step 5, that of 1; an epoch has 5 steps"),
+                          ({"spawn_epochs": (1.99,)}, r"spawn_epochs must lie at least half a step before the end \(10 steps"),
                           ({"profile_points": 19}, "profile_points must be one more than a multiple of 4"),
                           ({"spawn_seeds": 5}, r"spawn_seeds must lie in \[0, 2\], the seeds \(0: all of them\), got 5"),
                           ({"statistics_norm": "whatever"}, "statistics_norm must be"),

@@ -61,16 +61,16 @@ class Lines(Places):
 
     @property
     def spawn_steps(self) -> dict[int, float]:
-        """The steps at which children part, with the epochs that were asked for."""
+        """The steps at which children part, ascending, each once, with the epochs that they are."""
         per_epoch, last = self.study.train.steps_per_epoch(self.identity["train"]), self.study.train.steps(self.identity["train"])
         found: dict[int, float] = {}
-        for epochs in sorted(self.study.spawn_epochs) if self.study.spawn_arms else ():
+        for epochs in self.study.spawn_epochs if self.study.spawn_arms else ():
             step = max(1, round(epochs * per_epoch))
-            if step in found or step >= last:
-                why = f"the end of {last} steps" if step >= last else f"that of {found[step]:g}"
-                raise ValueError(f"spawn_epochs must be different steps before the end, but {epochs:g} is step {step}, {why}; "
-                                 f"an epoch has {per_epoch} steps")
-            found[step] = epochs
+            if step >= last:
+                raise ValueError(f"spawn_epochs must lie at least half a step before the end ({last} steps, {per_epoch} in an "
+                                 f"epoch), got {epochs:g}, which is step {step}")
+            found[step] = step / per_epoch
+        found = dict(sorted(found.items()))
         return found
 
     def instability(self) -> list[Entry]:
