@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import cm
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from dpkit.report import landscape_panels as parts
 from dpkit.report.figures import STYLE, new, nothing
@@ -158,7 +158,7 @@ def surfaces(grids: Mapping[str, Grid], value: str = "losses", *, label: str = "
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(4))
         if isinstance(norm, LogNorm):
-            ticks = [t for t in LogLocator(subs=(1, 2, 5)).tick_values(norm.vmin, norm.vmax) if norm.vmin <= t <= norm.vmax]
+            ticks = parts.log_ticks(norm.vmin, norm.vmax)
             ticks = ticks[::-(-len(ticks) // 5)] if ticks else ticks
             panel.set_zticks([float(np.log10(t)) for t in ticks], [f"{t:g}" for t in ticks])
         else:

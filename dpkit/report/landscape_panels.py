@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dpkit.report.arm_figures import LINES, look
 from dpkit.report.figures import title
@@ -154,11 +154,17 @@ def bar(figure: Figure, axes: list, common: tuple[Normalize, np.ndarray], value:
         plain_ticks(bar.ax.xaxis if options.get("location") == "bottom" else bar.ax.yaxis)
 
 
-def plain_ticks(axis) -> None:
-    """1, 2 and 5 times powers of ten, written in full; more where a scale is short."""
-    low, high = sorted(axis.get_view_interval())
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks within a logarithmic scale: 1, 2 and 5 times powers of ten, of which a short one has too few; then round numbers."""
     decades = np.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if 0.7 < decades < 3 else (1,) if decades >= 3 else tuple(range(1, 10))))
+    ticks = (LogLocator(subs=(1,) if decades >= 3 else (1, 2, 5)).tick_values(low, high) if decades >= 0.7
+             else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    return [float(tick) for tick in ticks if low <= tick <= high]
+
+
+def plain_ticks(axis) -> None:
+    """:func:`log_ticks`, written in full."""
+    axis.set_major_locator(FixedLocator(log_ticks(*sorted(axis.get_view_interval()))))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
 
