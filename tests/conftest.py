@@ -122,3 +122,18 @@ def smoke(tmp_path_factory) -> Smoke:
             assert done.returncode == 0, done.stdout + done.stderr
             ready.write_text(done.stdout, encoding="utf-8")
     return found
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Images of every forward pass in eval mode, pass by pass."""
+    from dpkit import models
+
+    seen, features = [], models.features
+
+    def count(model, params, buffers, x):
+        seen.append(len(x))
+        return features(model, params, buffers, x)
+
+    monkeypatch.setattr(models, "features", count)
+    return seen
