@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpkit import hessian, models, training, tree
-from dpkit.bench import accuracy, counts, jobs, reference, spectra
+from dpkit.bench import accuracy, counts, jobs, reference, rounding, spectra
 from dpkit.data import AugmentSpec, DataSpec
 from dpkit.distill import IDCSpec
 from dpkit.distill.matching import matching_loss
@@ -213,6 +213,16 @@ def test_accuracy_is_paired_by_seed():
             ((0, accuracy.EQUAL, 0.5), (0, "fp32", 0.6), (1, accuracy.EQUAL, 0.9), (1, "fp32", 1.0))]
     mean, low, high = accuracy.differences(made)["fp32"]
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_rounding_is_measured_from_equal_probes():
+    """Uncompiled products are not rounded, so nothing is off; the estimates themselves are those of two operators."""
+    row, = rounding.rows({"N": ModelSpec(arch="convnet3", width=2, image_size=16)}, [3], 20,
+                         spectra.RECIPE.replace(epochs=1), compile=False, steps=30, long=60)
+    assert (row["network"], row["seed"], row["rounding"], row["shift"], row["left"]) == ("N", 3, 0.0, 0.0, 0.0)
+    assert row["error"] > 0
+    assert row["top"] < 1e-3
+    assert row["top_left"] < 1e-3
 
 
 def test_spectra_agree_with_pyhessian_and_judge_errors():

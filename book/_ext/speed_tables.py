@@ -1,8 +1,8 @@
 """Tables of the performance page, from what `dpkit bench --json` recorded.
 
 ``{speed}`` takes a kind of table and a file, from the book's source on: ``ratios``, ``floor``, ``absent`` or ``machine`` and
-JSON lines; ``accuracy`` and a csv file of seed, form and accuracy. A missing or malformed file is a warning, so that a build with
-warnings as errors never prints an empty table.
+JSON lines; ``accuracy`` or ``rounding`` and a csv file that the module of :mod:`dpkit.bench` of that name wrote. A missing or
+malformed file is a warning, so that a build with warnings as errors never prints an empty table.
 """
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def ratios(records: list[dict[str, Any]]) -> Rows:
         if r["kind"] in ("row", "control") and r["ratio"] is not None:
             control = r["kind"] == "control"
             asked = "" if r["target"] is None else f"{r['target']:g}\u00d7"
-            lines.append((f"\u2003the same; {r['reference']}" if control else r["name"],
+            name = r["name"] + (f" ({r['note']})" if r.get("note") else "")
+            lines.append((f"\u2003the same; {r['reference']}" if control else name,
                           "" if control else number(r["ours"]), number(r["peer"]), r["unit"], f"{r['ratio']:.2f}\u00d7",
                           f"{r['low']:.2f} to {r['high']:.2f} (n\u00a0=\u00a0{r['pairs']})", asked, share(r["floor_fraction"])))
     return ("Work", "Ours", "Reference", "Unit", "Ratio", "Pairs, low to high", "Asked", "Of the floor"), lines
@@ -90,12 +91,27 @@ def accuracy(rows: list[dict[str, str]]) -> Rows:
     return ("Loop", "Accuracy", "Minus the second line's, paired by seed", "n"), lines
 
 
+def rounding(rows: list[dict[str, str]]) -> Rows:
+    """One line a network: means over its seeds, errors of the trace in units of its standard error."""
+    by: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        by.setdefault(row["network"], []).append({k: float(v) for k, v in row.items() if k != "network"})
+    lines = []
+    for network, found in by.items():
+        columns = ([r["rounding"] for r in found], [abs(r["shift"]) / r["error"] for r in found],
+                   [r["left"] / r["error"] for r in found], [r["top"] for r in found], [r["top_left"] for r in found])
+        lines.append((network, *(f"{sum(c) / len(c):.2g} (at most {max(c):.2g})" for c in columns), str(len(found))))
+    return ("Network", "A product is off by", "Trace is off, in its standard errors", "What the correction adds, likewise",
+            "Top five, relative", "with a product in fp32 each", "n"), lines
+
+
 def _interval(mean: float, low: float | None, high: float | None, unit: str) -> str:
     text = f"{mean:.2f}{unit}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
     return text.replace("-", "\u2212")
 
 
 TABLES = {"ratios": ratios, "floor": floor, "absent": absent, "machine": machine}
+SHEETS = {"accuracy": accuracy, "rounding": rounding}
 
 
 class SpeedDirective(SphinxDirective):
@@ -108,8 +124,8 @@ class SpeedDirective(SphinxDirective):
         path = Path(self.env.srcdir, relative)
         self.env.note_dependency(str(path))
         try:
-            if kind != "accuracy" and kind not in TABLES:
-                raise ValueError(f"there is no table {kind!r}; there are accuracy, {', '.join(TABLES)}")
+            if kind not in SHEETS and kind not in TABLES:
+                raise ValueError(f"there is no table {kind!r}; there are {', '.join([*SHEETS, *TABLES])}")
             if not path.is_file():
                 raise ValueError(f"{relative} is missing")
             head, lines = self.rows(kind, path)
@@ -121,8 +137,8 @@ class SpeedDirective(SphinxDirective):
     def rows(self, kind: str, path: Path) -> Rows:
         """The table's head and lines."""
         text = path.read_text(encoding="utf-8")
-        if kind == "accuracy":
-            return accuracy(list(csv.DictReader(text.splitlines())))
+        if kind in SHEETS:
+            return SHEETS[kind](list(csv.DictReader(text.splitlines())))
         return TABLES[kind]([json.loads(line) for line in text.splitlines() if line.strip()])
 
 

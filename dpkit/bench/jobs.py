@@ -155,16 +155,17 @@ def path_reference(model: dict, points: int, images: int, device: str = "cpu") -
 # --- Hessian products ----------------------------------------------------------------------------------------------------
 
 def products(model: dict, count: int, images: int = 200, device: str = "cpu", **options: Any) -> Task:
-    """``count`` products of the library's operator, the gradient's graph kept between them."""
+    """``count`` products of the library's operator, the gradient's graph kept between them; gives the products' rounding."""
     spec = ModelSpec(**model)
     params, buffers = (tree.to(part, device) for part in start(spec))
     x, y = (t.to(device) for t in floats(spec, images))
     operator = hessian.Operator(spec, params, buffers, x, y, **{"keep": images, **options})
     vector = torch.ones(operator.size, device=device)
 
-    def task() -> None:
+    def task() -> dict[str, float]:
         for _ in range(count):
             operator.matvec(vector)
+        return {"rounding": operator.rounding}
 
     return task
 

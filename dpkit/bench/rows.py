@@ -120,21 +120,28 @@ def passes_row(id: str, name: str, points: int, images: int, pairs: int) -> Row:
                f"{points} evaluations of one network, our own", 1 / 1.1, ours, peer, {}, pairs)
 
 
-def product_row(id: str, name: str, model: Mapping[str, Any], peer: tuple[str, str], others: Mapping[str, dict[str, Any]],
-                count: int, quick: bool, pairs: int = PAIRS) -> Row:
-    """Hessian products on 200 images. peer: the reference's name and the function that builds it; others: further references."""
-    reference, function = peer
-    same = {"model": dict(model), "count": count}
-    return Row(id, f"Hessian product, {name}, 200 images; {reference}", "products/s", reference, 4.0,
-               everywhere("products", count, **same, compile=not quick, threads=1), plain(function, count, **same),
+def rounded(ours: Mapping[str, float], peer: Any) -> tuple[str, str]:
+    """What to say of products that are rounded."""
+    return f"products off by {ours['rounding']:.1e} of their length, corrected in the estimates", ""
+
+
+def product_row(id: str, name: str, model: Mapping[str, Any], others: Mapping[str, dict[str, Any]], count: int, quick: bool,
+                pairs: int = PAIRS, precision: str = "fp32") -> Row:
+    """Hessian products on 200 images against PyHessian's, which are in fp32; others: further references."""
+    (reference, function), low = PYHESSIAN, precision == "bf16"
+    same, title = {"model": dict(model), "count": count}, f"Hessian product, {name}, 200 images" + ", bf16" * low
+    return Row(id + "-bf16" * low, title, "products/s", f"{reference}, one batch", 4.0,
+               everywhere("products", count, **same, compile=not quick, threads=1, precision=precision),
+               plain(function, count, **same),
                {label: plain(**{"function": function, "work": count, **same, **extra}) for label, extra in others.items()},
-               pairs, counts.work(counts.PRODUCT_KEPT, ModelSpec(**model), 200))
+               pairs, counts.work(counts.PRODUCT_KEPT, ModelSpec(**model), 200, bytes_of(precision)), precision,
+               verdict=rounded if low else None)
 
 
-def spectra_row(width: int, images: int, quick: bool, pairs: int) -> Row:
+def spectra_row(id: str, name: str, model: Mapping[str, Any], images: int, quick: bool, pairs: int) -> Row:
     """Trace, top five and density of a trained network, to equal error; in minutes, as the reference takes long."""
-    same = {"model": {"arch": "convnet3", "width": width, "image_size": 16}, "images": images}
-    return Row("spectra", f"trace, top-5, density to equal error, ConvNet-3-{width} on shapes, {images} images", "runs/s",
+    same = {"model": {**model, "image_size": 16}, "images": images}
+    return Row(id, f"trace, top-5, density to equal error, {name} on shapes, {images} images", "runs/s",
                PYHESSIAN[0], 3.0, Job("dpkit.bench.spectra:ours", 1, {**same, "compile": not quick}, True, 1, True, warm=1),
                Job("dpkit.bench.spectra:pyhessian", 1, same, warm=0), {}, pairs, verdict=spectra.verdict)
 
@@ -145,11 +152,11 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         model = NETWORKS[SMALL]
         small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, 2),
                  matching_row(SMALL, True, 2), path_row("path", SMALL, 25, 100, "fp32", True, 2),
-                 product_row("product", SMALL, model, PYHESSIAN, {CONTROL: {"keep": True}}, 2, True, 2),
-                 spectra_row(4, 20, True, 1)]
+                 product_row("product", SMALL, model, {CONTROL: {"keep": True}}, 2, True, 2),
+                 spectra_row("spectra", "ConvNet-3-4", {"arch": "convnet3", "width": 4}, 20, True, 1)]
         small = [replace(row, target=None) for row in small]  # the targets are for other networks
         return [*small, passes_row("path-passes", SMALL, 25, 1000, 2)]  # but for this one, which holds on any
-    middle, resnet = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"]
+    middle, ten, eighteen = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"], NETWORKS["ResNet-18-32"]
     return [
         training_row("train-convnet3", "ConvNet-3-128", 960, 1920, False),
         training_row("train-resnet10", "ResNet-10-32", 960, 1280, False),
@@ -160,11 +167,15 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         passes_row("path-passes", SMALL, 25, 6000, PAIRS),
         *([passes_row("path-passes-resnet10", "ResNet-10-32", 25, 200, 3)] if long else []),
         *([path_row("path-fp32", "ConvNet-3-128", 25, 800, "fp32", False, 3)] if long else []),
-        product_row("product", "ConvNet-3-64", middle, ("PyHessian, one batch", PYHESSIAN[1]),
-                    {CONTROL: {"keep": True}, "loader of 100": {"batch": 100}}, 3, False),
-        product_row("product-resnet10", "ResNet-10-32", resnet, ("curvlinops", "products_curvlinops"),
-                    {"PyHessian": {"function": PYHESSIAN[1]}}, 1, False, 3),
-        spectra_row(64, 100, False, 2),
+        product_row("product", "ConvNet-3-64", middle, {CONTROL: {"keep": True}, "loader of 100": {"batch": 100}}, 3, False),
+        product_row("product", "ConvNet-3-64", middle, {}, 3, False, 3, "bf16"),
+        product_row("product-resnet10", "ResNet-10-32", ten, {CONTROL: {"keep": True},
+                                                              "curvlinops": {"function": "products_curvlinops"}}, 1, False, 3),
+        product_row("product-resnet10", "ResNet-10-32", ten, {}, 1, False, 3, "bf16"),
+        product_row("product-resnet18", "ResNet-18-32", eighteen, {}, 1, False, 3),
+        product_row("product-resnet18", "ResNet-18-32", eighteen, {}, 1, False, 3, "bf16"),
+        spectra_row("spectra", "ConvNet-3-64", middle, 100, False, 2),
+        spectra_row("spectra-resnet10", "ResNet-10-32", ten, 100, False, 1),
     ]
 
 

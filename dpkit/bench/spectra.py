@@ -26,13 +26,14 @@ DIRECTIONS, DEPTH = 2, 20  # of the density
 RECIPE = TrainSpec(epochs=3, lr=0.05, augment=AugmentSpec(operations=""), cutmix=0.0)
 
 
-def problem(model: ModelSpec, images: int, recipe: TrainSpec = RECIPE) -> tuple[tree.Params, tree.Buffers, Tensor, Tensor]:
+def problem(model: ModelSpec, images: int, recipe: TrainSpec = RECIPE,
+            seed: int = 0) -> tuple[tree.Params, tree.Buffers, Tensor, Tensor]:
     """A trained network and the images of its loss: params, buffers, images (N, C, S, S), labels (N,)."""
     sets = data.load(DataSpec())
     threads = cores.use(1)
     try:
-        start = (tree.stack([part]) for part in models.init(model, tree.generator_for("benchmark", "spectra")))
-        params, buffers = training.fit(recipe, model, sets.train, sets.mean, sets.std, *start, [0]).network(0)
+        start = (tree.stack([part]) for part in models.init(model, tree.generator_for("benchmark", "spectra", seed)))
+        params, buffers = training.fit(recipe, model, sets.train, sets.mean, sets.std, *start, [seed]).network(0)
     finally:
         cores.use(threads)
     chosen = hessian.subset(sets.train.labels, images)

@@ -19,6 +19,7 @@ entries included, from one seed. Each of these choices bends the comparison betw
 - One seed has no error bar. Probe noise is reported here; noise between networks and between seeds is for the
   caller to measure.
 """
+from dpkit.hessian import mixed
 from dpkit.hessian.block_lanczos import block_eigenpairs
 from dpkit.hessian.checks import subset
 from dpkit.hessian.deflate import Deflated, deflated_trace_and_diagonal, hutch_plus_plus
@@ -46,6 +47,6 @@ __all__ = ["MATRICES", "Answers", "Curve", "Deflated", "Density", "Diagonal", "E
            "Sharpness", "SharpnessSpec", "SparseSpec", "Targeted", "answers", "average_sharpness", "block_eigenpairs",
            "deflated_trace_and_diagonal", "diagonal", "diagonal_and_sums", "edge_ratio", "effective_dimension", "effective_rank",
            "eigenspace_overlap", "entries", "exact_diagonal", "fisher_rao", "fixed_loss", "hutch_plus_plus",
-           "last_layer_diagonal", "measure", "moments", "negative_mass", "removal", "removed_curvature", "sharpness",
+           "last_layer_diagonal", "measure", "mixed", "moments", "negative_mass", "removal", "removed_curvature", "sharpness",
            "space_overlap", "spectral_density", "subset", "to_error", "top_eigenpairs", "top_eigenvalue", "trace",
            "trace_and_diagonal", "xtrace"]

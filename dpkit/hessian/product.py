@@ -48,6 +48,7 @@ class CompiledProduct:
                     that the result does not depend on it
     matrix, train   which matrix is multiplied by (:mod:`dpkit.hessian.matrices`), and whether BatchNorm takes the chunk's
                     statistics, which then must hold all images
+    precision       "bf16": what is done for each vector multiplies in bfloat16
 
     Attributes: saved, bytes kept for each image; kept, whether they stay between products. What compiling raises comes out of
     the first call.
@@ -55,7 +56,7 @@ class CompiledProduct:
 
     def __init__(self, model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
                  size: int, memory: float = MEMORY, threads: int = 1, compiled: bool = True, *, matrix: str = "hessian",
-                 train: bool = False) -> None:
+                 train: bool = False, precision: str = "fp32") -> None:
         count = math.ceil(len(images) / size)
         images, labels = _filled(images, labels, count * size)
         self._chunks = [(arranged(x), y) for x, y in zip(images.split(size), labels.split(size), strict=True)]
@@ -63,7 +64,7 @@ class CompiledProduct:
         self._weights = groups[0]
         self._tensors = [t for group in groups for t in group.values()]
         with cores.used(1):
-            self._program = program(model, *groups, *self._chunks[0], compiled, matrix, train)
+            self._program = program(model, *groups, *self._chunks[0], compiled, matrix, train, precision)
         self.saved = self._program.saved
         self.kept = self.saved * count * size <= memory
         self._saved: list[list[Tensor] | None] = [None] * count

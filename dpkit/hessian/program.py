@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dpkit import models
+from dpkit.hessian.bf16 import lower
 from dpkit.hessian.matrices import inner
 from dpkit.hessian.rules import Rules
 from dpkit.models import ModelSpec
@@ -52,22 +53,23 @@ def arranged(tensor: Tensor) -> Tensor:
 
 
 def program(model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-            compiled: bool = True, matrix: str = "hessian", train: bool = False) -> Program:
+            compiled: bool = True, matrix: str = "hessian", train: bool = False, precision: str = "fp32") -> Program:
     """The program for tensors shaped like these; made once in a process for each model, names, shapes and dtype.
 
     Nothing but shapes enters: another network of the same model uses the same program. ``compiled`` False leaves the two
-    graphs to be interpreted, for tests.
+    graphs to be interpreted, for tests. precision: "bf16" lets ``apply`` multiply in it (:mod:`dpkit.hessian.bf16`).
     """
-    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled, matrix, train)
+    key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled, matrix, train,
+           precision)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train)
+        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision)
     return _PROGRAMS[key]
 
 
 _PROGRAMS: dict[tuple, Program] = {}
 
 
-def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train) -> Program:
+def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision) -> Program:
     def outputs(weights, fixed, buffers, images):
         return models.forward(model, {**fixed, **weights}, buffers, images, train)[0]
 
@@ -99,6 +101,8 @@ def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, tra
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     vectors, others = inputs[:len(weights)], inputs[len(weights):]
     output = next(node for node in graph.nodes if node.op == "output")
+    if precision == "bf16":
+        lower(traced, _downstream(graph, vectors))
     depends = _downstream(graph, vectors)
     cut = _cut(graph, depends)
     prepare, apply = _part(traced, others, cut), _part(traced, [*cut, *vectors], output.all_input_nodes)

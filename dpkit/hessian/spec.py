@@ -8,6 +8,7 @@ from dpkit.hessian.matrices import MATRICES
 from dpkit.spec import Spec, later
 
 MODES = ("eval", "train")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class HessianSpec(Spec):
     matrix         "hessian", "gauss_newton" (the Fisher matrix) or "empirical_fisher": :mod:`dpkit.hessian.matrices`
     mode           "eval": running statistics; "train": BatchNorm takes those of the images, as one batch
     include_pruned rows and columns for pruned entries too, as if the network could move along them
+    precision      "fp32"; "bf16": compiled products multiply in bfloat16, and a few in full precision correct the estimates
 
     How many images are differentiated at once is not here: it changes time and memory, not the result.
     Raises ``ValueError`` outside these ranges.
@@ -39,6 +41,7 @@ class HessianSpec(Spec):
     matrix: str = later("hessian", before="hessian")
     mode: str = later("eval", before="eval")
     include_pruned: bool = later(False, before=False)
+    precision: str = later("fp32", before="fp32")
 
     def check(self) -> None:
         self.require(self.images >= 1, f"images must be >= 1, got {self.images}")
@@ -48,6 +51,9 @@ class HessianSpec(Spec):
         self.one_of("dtype", ("float32", "float64"))
         self.one_of("matrix", MATRICES)
         self.one_of("mode", MODES)
+        self.one_of("precision", PRECISIONS)
+        self.require(self.precision == "fp32" or self.dtype == "float32",
+                     f"precision bf16 rounds products of dtype float32, got dtype {self.dtype}; leave one of them out")
         self.between("target", 0.0, 1.0, open_high=True)
         self.require(self.minimum >= 2, f"minimum must be >= 2 to give an error bar, got {self.minimum}")
 

@@ -64,9 +64,10 @@ def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact
     images, labels = _fixed(context, unit, spec.images, parents)
     network, mask = on_device(context.device, parents["network"]), _mask(context, parents)
     op = Operator.from_spec(spec.replace(images=len(images)), model, *network, images, labels, mask=mask, compile="auto")
-    trace, diagonal = hessian.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
+    how = hessian if spec.precision == "fp32" else hessian.mixed
+    trace, diagonal = how.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
     steps = min(spec.lanczos_steps, op.size)
-    top = hessian.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))
+    top = how.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))
     values = diagonal.values.double()
     negative = float((values < -2 * diagonal.standard_errors.double()).double().mean())
     return Output({"diagonal": diagonal.values.float(), "diagonal_error": diagonal.standard_errors.float()},

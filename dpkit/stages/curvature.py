@@ -18,7 +18,8 @@ class Curvature(Places):
     def hessian(self) -> list[Entry]:
         """Trace, diagonal and top eigenvalue at the first child of each ticket."""
         study = self.study
-        spec = HessianSpec(images=self._images, probes=study.probes, lanczos_steps=study.lanczos_steps).to_dict()
+        spec = HessianSpec(images=self._images, probes=study.probes, lanczos_steps=study.lanczos_steps,
+                           precision=study.hessian_precision).to_dict()
         return [Entry(place, self._measured("hessian", {"hessian": spec}, place, parents, "hessian"))
                 for place, parents in self._networks(study.hessian_arms)]
 
