@@ -39,8 +39,8 @@ class Study(Making):
     Curvature, on hessian_images: hessian_arms, probes, lanczos_steps, hessian_precision (as in ``HessianSpec``); sharpness_arms,
     sharpness_radius, adaptive_radius (as in ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At
     spectrum_round (0: the last): spectrum_arms, eigenvalues, pair_products, density_probes, density_steps, trace_probes,
-    other_probes (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes, diagonal_limit (the published protocol's diagonal, exact
-    up to so many entries); removed_on (``real``, or small sets: what masks remove from the dense network's curvature),
+    other_probes (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes, diagonal_limit (the published protocol's diagonal,
+    exact up to so many entries); removed_on (``real``, or small sets: what masks remove from the dense network's curvature),
     removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue along training).
     """
 
