@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -124,8 +124,12 @@ def _drawn(spec: AugmentSpec, uniform: Tensor) -> dict[str, Tensor]:
 
 def apply(spec: AugmentSpec, images: Tensor, rows: Draw) -> Tensor:
     """Augment normalised images (n, C, H, W) by n rows. Pixels from outside the image are 0, the mean colour."""
-    names, rows = spec.names, rows.to(images.device)
-    column = (-1, 1, 1, 1)
+    names, affine, (height, width) = spec.names, rows.affine, images.shape[2:]
+    if any(name in names for name in GEOMETRIC):
+        # whole-pixel shifts, as a padded crop makes them, keep cropped images sharp; made where the rows are, without a wait
+        affine, side = affine.clone(), torch.tensor([width, height], dtype=torch.float32, device=affine.device)
+        affine[:, :, 2] = torch.round(affine[:, :, 2] * side) * 2 / side
+    rows, column = replace(rows, affine=affine).to(images.device), (-1, 1, 1, 1)
     if "color" in names:
         images = images + rows.brightness.view(column).to(images)
         grey = images.mean(1, keepdim=True)
@@ -133,12 +137,7 @@ def apply(spec: AugmentSpec, images: Tensor, rows: Draw) -> Tensor:
         level = images.mean((1, 2, 3), keepdim=True)
         images = (images - level) * rows.contrast.view(column).to(images) + level
     if any(name in names for name in GEOMETRIC):
-        height, width = images.shape[2:]
-        side = torch.tensor([width, height], dtype=torch.float32, device=images.device)
-        affine = rows.affine.clone()
-        # whole-pixel shifts, as a padded crop makes them, keep cropped images sharp
-        affine[:, :, 2] = torch.round(affine[:, :, 2] * side) * 2 / side
-        grid = F.affine_grid(affine, [len(images), 1, height, width], align_corners=False).to(images)
+        grid = F.affine_grid(rows.affine, [len(images), 1, height, width], align_corners=False).to(images)
         images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     elif "flip" in names:
         mirrored = (rows.affine[:, 0, 0] < 0).view(column)

@@ -18,6 +18,7 @@ from dpkit import models, tree
 from dpkit.data import AugmentSpec, Split, apply, draw, normalise
 from dpkit.data.augment import Draw
 from dpkit.distill.interface import Made, MethodSpec, Task
+from dpkit.distill.matching import sent
 from dpkit.models import ModelSpec
 from dpkit.models.layers import Normaliser
 from dpkit.models.network import family
@@ -132,19 +133,21 @@ def dm(spec: DMSpec, task: Task) -> Made:
     recent: list[Tensor] = []
     for step in range(len(history), spec.steps):
         generator = tree.generator_for(task.seed, "dm", step)
-        params, buffers = (tree.to(t, device) for t in models.init(model, generator))
+        params, buffers = ({name: t.to(device, non_blocking=True) for name, t in part.items()}
+                           for part in models.init(model, generator))
         shared = draw(spec.augmentation, model.classes, generator)
         rows = [place[torch.randperm(len(place), generator=generator)[:spec.real_batch]] for place in places]
         gradient, total = torch.empty_like(images), torch.zeros((), device=device)
         for group in groups:
-            own = images.view(model.classes, spec.ipc, *images.shape[1:])[group].requires_grad_()
+            at = sent(group, device)
+            own = images.view(model.classes, spec.ipc, *images.shape[1:])[at].requires_grad_()
             sizes = [len(rows[c]) for c in group]
-            batch = normalise(real[torch.cat([rows[c] for c in group]).to(device)], mean, std)
+            batch = normalise(real[sent(torch.cat([rows[c] for c in group]), device)], mean, std)
             batch = _same(spec, batch, shared, group, sizes).split(sizes)
             fake = _same(spec, own.flatten(0, 1), shared, group, [spec.ipc] * len(group)).view(own.shape)
             loss = distances(model, params, buffers, batch, fake).sum()
             found, = torch.autograd.grad(loss, own)
-            gradient.view(model.classes, spec.ipc, *images.shape[1:])[group] = found
+            gradient.view(model.classes, spec.ipc, *images.shape[1:])[at] = found
             total = total + loss.detach()
         velocity = spec.momentum * velocity + gradient
         images = images - spec.lr * velocity

@@ -24,7 +24,7 @@ from dpkit.data import AugmentSpec, Split, apply, draw, normalise
 from dpkit.data.augment import Draw
 from dpkit.distill.decode import decode_images, mosaic
 from dpkit.distill.interface import Made, Task
-from dpkit.distill.matching import Matcher
+from dpkit.distill.matching import Matcher, sent
 from dpkit.distill.network import Trainer
 from dpkit.distill.spec import MatchingSpec
 from dpkit.tree import Buffers, Params
@@ -79,7 +79,7 @@ def learn(spec: MatchingSpec, task: Task, *, rate: float, form: str = "auto") ->
                 image_gradient, distances = torch.zeros_like(images), [total] * classes
                 for group, future in zip(groups, pending, strict=True):
                     found, values = future.result()
-                    image_gradient.view(classes, *found.shape[1:])[group] += found
+                    image_gradient.view(classes, *found.shape[1:])[sent(group, found.device)] += found
                     for c, value in zip(group, values, strict=True):
                         distances[c] = value
                 for value in distances:
@@ -156,12 +156,12 @@ class _Step:
                  group: list[int]) -> tuple[Tensor, Tensor]:
         """Gradient (G, ipc, C, H, W) with respect to the stored images of ``group``, and the distances (G,)."""
         spec, count, shape = self.spec, len(group), images.shape[1:]
-        own = images.view(-1, spec.ipc, *shape)[group].flatten(0, 1).requires_grad_()
+        own = images.view(-1, spec.ipc, *shape)[sent(group, images.device)].flatten(0, 1).requires_grad_()
         tiles = self.shown(own)
         if choice.tiles[group[0]] is not None:
             each = len(tiles) // count
-            tiles = tiles[torch.cat([choice.tiles[c] + i * each for i, c in enumerate(group)]).to(images.device)]
-        real = self.pixels[torch.cat([choice.real[c] for c in group]).to(images.device)]
+            tiles = tiles[sent(torch.cat([choice.tiles[c] + i * each for i, c in enumerate(group)]), images.device)]
+        real = self.pixels[sent(torch.cat([choice.real[c] for c in group]), images.device)]
         real, tiles = (_same(spec.augment, x, choice.shared, group) for x in (real, tiles))
         gradient, distances = self.matcher(params, buffers, real.view(count, -1, *shape),
                                            tiles.detach().view(count, -1, *shape), group)

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from dpkit import models
 from dpkit.distill.spec import MatchingSpec
-from dpkit.training.gradient import can_compile
+from dpkit.training.gradient import can_compile, unbuilt
 from dpkit.tree import Buffers, Params
 
 FORMS = ("loop", "compiled", "vmap")
-UNBUILT = ("InductorError", "BackendCompilerFailed", "CppCompileError")  # torch.compile's errors, by name: their home moves
 
 
 def distance(kind: str, a: Tensor, b: Tensor) -> Tensor:
@@ -110,6 +109,8 @@ class Matcher:
     too small to fill it (not measured). With ``compile`` ``vmap`` is compiled too. Without a C++ compiler ``compiled`` becomes
     ``loop``, with one warning. Raises ``ValueError`` on another form.
 
+    What ``vmap`` cannot do is done uncompiled, and then by ``loop``, with a warning that says why.
+
     Memory: ``loop`` and ``compiled`` hold the activations of one class, ``vmap`` of all classes that it is given; when a GPU
     runs out of memory ``vmap`` takes half as many at a time from then on, and says so once.
     """
@@ -163,7 +164,7 @@ class Matcher:
                             torch.tensor(label, device=real.device))
         except Exception as error:
             # what torch.compile cannot build (bf16 matching on ResNets, in torch 2.13) is computed without it
-            if type(error).__name__ not in UNBUILT:
+            if not unbuilt(error):
                 raise
             self.compiled = False
             warnings.warn(f"the matching step of {self.model.arch} cannot be compiled here ({type(error).__name__}): slower, "
@@ -172,10 +173,10 @@ class Matcher:
 
     def _all(self, params: Params, buffers: Buffers, real: Tensor, synthetic: Tensor,
              labels: Sequence[int]) -> tuple[Tensor, Tensor]:
-        function = _function(self.spec.distance, self.model, self.spec.precision, True, self.compiled)
-        matched, rest = self._parts(params)
-        classes, found, at = torch.tensor(labels, device=real.device), [], 0
-        while at < len(labels):
+        classes, found, at = sent(labels, real.device), [], 0
+        while at < len(labels) and self.form == "vmap":
+            function = _function(self.spec.distance, self.model, self.spec.precision, True, self.compiled)
+            matched, rest = self._parts(params)
             part = slice(at, at + (self.at_once or len(labels)))
             count = len(labels[part])
             # BatchNorm writes its running statistics in place, so that each class needs its own
@@ -187,17 +188,37 @@ class Matcher:
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
+            except RuntimeError as error:
+                self._simpler(error)
+                continue
             # here, outside the handler, which would keep the failed pass's tensors alive
             self.at_once = count // 2
             warnings.warn(f"not enough memory to match {count} classes at once: {self.at_once} at a time from here on")
             if real.is_cuda:
                 torch.cuda.empty_cache()
+        if at < len(labels):
+            return self(params, buffers, real, synthetic, labels)
         return torch.cat([g for g, _ in found]), torch.cat([value for _, value in found])
+
+    def _simpler(self, error: RuntimeError) -> None:
+        """The next simpler way than the one that failed with ``error``."""
+        words = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if self.compiled:
+            self.compiled, then = False, "uncompiled"
+        else:
+            self.form, then = "loop", "class after class"
+        warnings.warn(f"the matching step of {self.model.arch} does not work as it is ({words}): {then} from here on, slower, "
+                      "with the same mathematics", stacklevel=2)
 
     def _parts(self, params: Params) -> tuple[Params, Params]:
         """The matched parameters and the others, without gradients, and channels last for compiled code."""
         ready = {n: _channels_last(t.detach()) if self.compiled else t.detach() for n, t in params.items()}
         return {n: t for n, t in ready.items() if n in self.names}, {n: t for n, t in ready.items() if n not in self.names}
+
+
+def sent(index: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """An index (n,) int64 on the ``device``, which is not waited for, as it would be for a list in brackets."""
+    return torch.as_tensor(index).to(device, non_blocking=True)
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def mtt(spec: MTTSpec, task: Task) -> Made:
         expert = task.networks[int(torch.randint(len(task.networks), (), generator=generator))]
         first = int(torch.randint(spec.max_start_epoch, (), generator=generator))
         (params, buffers), (later, _) = expert[first], expert[first + spec.expert_epochs]
-        begin, end = (tree.flatten(p, params).to(device) for p in (params, later))
+        begin, end = (tree.flatten(p, params).to(device, non_blocking=True) for p in (params, later))
         student = Student(spec, model, params, tree.to(buffers, device), targets, keep)
         value, for_images, for_lr = student(images, lr, begin, end, batches(spec, len(images), generator))
         speed, lr_speed = spec.momentum * speed + for_images, spec.momentum * lr_speed + for_lr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from dpkit import models
 from dpkit.data import AugmentSpec, Split, augment, cutmix
 from dpkit.distill.spec import MatchingSpec
-from dpkit.training.gradient import can_compile, loss
+from dpkit.training.gradient import can_compile, loss, unbuilt
 from dpkit.tree import Buffers, Params
 
 #: momentum and weight decay of the network's SGD, by what it is trained on
@@ -51,10 +52,11 @@ class Trainer:
             pixels, targets = self.pixels, self.targets
         else:
             pixels = images.detach()
-            targets = F.one_hot(labels, self.model.classes).float().repeat_interleave(len(pixels) // len(labels), 0).to(pixels)
+            targets = F.one_hot(labels, self.model.classes).float().repeat_interleave(len(pixels) // len(labels), 0)
+            targets = targets.to(pixels.device, pixels.dtype, non_blocking=True)
         weights, momenta = list(params.values()), [velocity[name] for name in params]
         for _ in range(self.spec.network_epochs if self.count else 0):
-            order = torch.randperm(len(pixels), generator=generator)[:self.count].to(pixels.device)
+            order = torch.randperm(len(pixels), generator=generator)[:self.count].to(pixels.device, non_blocking=True)
             for rows in order.split(self.spec.network_batch):
                 x, y = augment(self.augment, pixels[rows], generator), targets[rows]
                 if self.on_real:
@@ -70,9 +72,16 @@ class Trainer:
         # a last batch that is not whole would cost another compilation
         if self.compiled and len(x) == self.spec.network_batch:
             plain = {name: t.detach() for name, t in params.items()}
-            found, buffers = _compiled(self.model, self.spec.precision)(
-                plain, buffers, x.contiguous(memory_format=torch.channels_last), y)
-            return [found[name] for name in params], buffers
+            try:
+                found, new = _compiled(self.model, self.spec.precision)(
+                    plain, buffers, x.contiguous(memory_format=torch.channels_last), y)
+                return [found[name] for name in params], new
+            except Exception as error:
+                if not unbuilt(error):
+                    raise
+                self.compiled = False
+                warnings.warn(f"training of {self.model.arch} cannot be compiled here ({type(error).__name__}): slower, with the "
+                              "same mathematics", stacklevel=2)
         leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
         value, buffers = loss(self.model, leaves, buffers, x, y, self.spec.precision)
         return list(torch.autograd.grad(value, list(leaves.values()))), {n: b.detach() for n, b in buffers.items()}

@@ -6,6 +6,7 @@ stay on the device until the end, and the images are put into the form that the 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dpkit import cores, models, tree
 from dpkit.models import reestimation
-from dpkit.training.gradient import can_compile
+from dpkit.training.gradient import can_compile, unbuilt
 from dpkit.tree import Buffers, Params
 
 IGNORED = -100  # the label of images that only fill up the last chunk
@@ -48,7 +49,21 @@ def evaluate_many(model: models.ModelSpec, count: int, network: Callable[[int], 
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     if compiled is None:
         compiled = pays(model, count * (len(images) + (0 if statistics_images is None else len(statistics_images))))
-    compiled = compiled and can_compile()
+    if compiled and can_compile():
+        try:
+            return _evaluated(model, count, network, images, labels, statistics_images, precision, True, form, threads)
+        except Exception as error:
+            if not unbuilt(error):
+                raise
+            warnings.warn(f"networks cannot be compiled here ({type(error).__name__}): slower, with the same mathematics",
+                          stacklevel=2)
+    return _evaluated(model, count, network, images, labels, statistics_images, precision, False, form, threads)
+
+
+def _evaluated(model: models.ModelSpec, count: int, network: Callable[[int], tuple[Params, Buffers]], images: Tensor,
+               labels: Tensor, statistics_images: Tensor | None, precision: str, compiled: bool, form: str,
+               threads: int) -> tuple[Tensor, Tensor]:
+    """:func:`evaluate_many` without its checks."""
     vmap = form == "vmap" or (form == "auto" and images.is_cuda)
     layout = torch.channels_last if compiled else torch.contiguous_format
     score, moments = _functions(model, precision, compiled, vmap)
@@ -108,9 +123,14 @@ def pays(model: models.ModelSpec, images: int) -> bool:
 
 def fitting(model: models.ModelSpec, count: int, images: Tensor) -> int:
     """How many networks go through together: activations of one chunk within half of the free memory, 2 GiB on a CPU."""
-    free = torch.cuda.mem_get_info(images.device)[0] / 2 if images.is_cuda else 2**31
+    free = _free(images.device) / 2 if images.is_cuda else 2**31
     needed = min(CHUNK, len(images)) * models.forward_work(model).bytes
     return max(1, min(count, int(free / needed)))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU: what nobody holds, and what this process keeps of tensors that are gone."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _score(model: models.ModelSpec, precision: str, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ All forms return the same numbers: ``solo`` and ``graphs`` the same bits on a pr
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import time
 import warnings
@@ -44,10 +45,18 @@ def _loss_function(model: models.ModelSpec, precision: str, compiled: bool):
 @functools.cache
 def can_compile() -> bool:
     """Whether torch.compile can work here; says so once if not. Results differ from compiled ones by rounding only."""
-    if torch.cuda.is_available() or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+    # a GPU's kernels are compiled by Triton, but started by code that a C compiler builds
+    names = ("c++", "g++", "clang++", *((os.environ.get("CC", ""), "gcc", "clang") if torch.cuda.is_available() else ()))
+    if any(shutil.which(name) for name in names):
         return True
     warnings.warn("no C++ compiler found: training runs uncompiled, slower, with the same mathematics", stacklevel=2)
     return False
+
+
+def unbuilt(error: BaseException) -> bool:
+    """Whether an error says that torch.compile could not build something; by name, as the home of these errors moves."""
+    return type(error).__name__ in ("InductorError", "BackendCompilerFailed", "CppCompileError", "TritonMissing",
+                                    "GPUTooOldForTriton")
 
 
 class Gradients(Protocol):
@@ -151,15 +160,20 @@ class Graphed(Solo):
         return graph.replay, x, y, losses
 
 
+@functools.lru_cache(maxsize=8)  # a function made anew for each population would be compiled anew
+def _population_function(model: models.ModelSpec, precision: str, compiled: bool):
+    def one(params, buffers, images, targets):
+        return loss(model, params, buffers, images, targets, precision)
+
+    function = torch.func.vmap(torch.func.grad_and_value(one, has_aux=True))
+    return torch.compile(function, dynamic=False) if compiled and can_compile() else function
+
+
 class Vmapped:
     """Gradients of P networks in one pass of ``torch.func.vmap`` over ``torch.func.grad_and_value``."""
 
     def __init__(self, model: models.ModelSpec, precision: str, compiled: bool, weights: Tensor, like: Params, buffers: Buffers):
-        def one(params, buffers, images, targets):
-            return loss(model, params, buffers, images, targets, precision)
-
-        function = torch.func.vmap(torch.func.grad_and_value(one, has_aux=True))
-        self.function = torch.compile(function, dynamic=False) if compiled and can_compile() else function
+        self.function = _population_function(model, precision, compiled)
         sizes = [t[0].numel() for t in like.values()]
         self.views = {name: part.view(t.shape)
                       for (name, t), part in zip(like.items(), weights.split(sizes, dim=1), strict=True)}
@@ -183,24 +197,37 @@ def build(form: str, device: torch.device, images: list[Tensor], targets: list[T
     """The gradients of a population in ``form``, and that form's name.
 
     ``auto``: solo on a processor or for one network, else as ``fastest``: each form is timed on the batches given (images,
-    targets: one of each network) and the fastest is taken; one that fails there is left out with a line that says so. arguments:
-    what a form is made from. Raises ``ValueError`` on an unknown form.
+    targets: one of each network) and the fastest is taken; one that fails there is left out with a line that says so. Where all
+    that are to be compiled fail, all run uncompiled. arguments: what a form is made from. Raises ``ValueError`` on an unknown
+    form.
     """
     if form not in (*FORMS, "auto", "fastest"):
         raise ValueError(f"form must be auto, fastest, {', '.join(FORMS)}; got {form!r}")
     if form == "auto":
         form = "fastest" if device.type == "cuda" else "solo"
     if form == "fastest":
-        times = {}
-        for name in FORMS:
-            try:
-                times[name] = _seconds(FORMS[name](*arguments), images, targets)
-            except torch.cuda.OutOfMemoryError:
-                continue  # a form that needs less may fit; if none does, the one built below says so
-            except RuntimeError as error:
-                warnings.warn(f"form {name} does not work here and is left out ({str(error).splitlines()[0]})", stacklevel=2)
+        times, failed = _timed(images, targets, *arguments)
+        model, precision, compiled, *others = arguments
+        if compiled and not times and failed and all(unbuilt(error) for error in failed):
+            warnings.warn("nothing can be compiled here: training runs uncompiled, with the same mathematics", stacklevel=2)
+            arguments = (model, precision, False, *others)
+            times, _ = _timed(images, targets, *arguments)
         form = min(times, key=times.__getitem__) if times else "solo"
     return form, FORMS[form](*arguments)
+
+
+def _timed(images: list[Tensor], targets: list[Tensor], *arguments) -> tuple[dict[str, float], list[RuntimeError]]:
+    """Seconds of each form that works, and the errors of those that do not."""
+    times, failed = {}, []
+    for name in FORMS:
+        try:
+            times[name] = _seconds(FORMS[name](*arguments), images, targets)
+        except torch.cuda.OutOfMemoryError:
+            continue  # a form that needs less may fit; if none does, the one that is built then says so
+        except RuntimeError as error:
+            failed.append(error.with_traceback(None))  # which would keep the form and its memory
+            warnings.warn(f"form {name} does not work here and is left out ({str(error).splitlines()[0]})", stacklevel=3)
+    return times, failed
 
 
 def _seconds(gradients: Gradients, images: list[Tensor], targets: list[Tensor], repeats: int = 3) -> float:
