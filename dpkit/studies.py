@@ -8,16 +8,18 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpkit import __version__, data, notebooks, project, stages
+from dpkit import __version__, cores, data, notebooks, project, stages
+from dpkit.stages.forecast import free_memory
 from dpkit.store import Store, machine
 
 SNAKEFILE = Path(__file__).parent / "workflow" / "Snakefile"
+NOTEBOOK_MEMORY = 1e9  # bytes of a kernel and of the process that runs it; 0.7e9 on the built-in images, 1.1e9 on CIFAR-10
+TOGETHER = "artifacts"  # what the progress line of the job that computes for all notebooks begins with
 
 
 def library_digest() -> str:
@@ -27,6 +29,16 @@ def library_digest() -> str:
         if path.suffix in (".py", ".yml") or path.name == "Snakefile":
             text.update(path.relative_to(Path(__file__).parent).as_posix().encode() + path.read_bytes())
     return text.hexdigest()
+
+
+def side_by_side(workers: int = 0) -> int:
+    """How many notebooks are executed at once: one a core (or ``workers``), fewer where memory is short.
+
+    The last one comes after the others.
+    """
+    free = free_memory()
+    room = len(notebooks.sources()) if free is None else int(free / NOTEBOOK_MEMORY)
+    return max(1, min(workers or cores.available(), len(notebooks.sources()) - 1, room))
 
 
 def _write_if_changed(path: Path, text: str) -> None:
@@ -42,6 +54,8 @@ def run(profile: str, settings: Mapping[str, Any], *, out: Path | None = None, s
         device: str = "auto", snakemake: Sequence[str] = ()) -> Path:
     """Run every notebook of a profile through the workflow; returns the folder of the executed notebooks.
 
+    shares: jobs that each chapter is split into. With 1, everything that is missing is computed first and the notebooks are then
+    executed side by side (:func:`side_by_side`). workers: processes on a CPU (0: one a core). snakemake: further options for it.
     Raises ``ValueError`` on a bad setting before anything is written, and ``notebooks.Failed`` with one line when a
     notebook fails. What is finished stays; the next call continues.
     """
@@ -55,19 +69,27 @@ def run(profile: str, settings: Mapping[str, Any], *, out: Path | None = None, s
     work = project.root() / "results" / "runs" / f"{project.profile_name(profile)}-{name}"
     store = project.store_folder().resolve()
     claims = project.root() / "book" / "claims.yml"
+    if profile.endswith((".yml", ".yaml")):
+        profile = str(Path(profile).resolve())  # jobs start in another folder
+    parameters = {"profile": profile, "overrides": dict(settings), "store": str(store), "out": str(out), "workers": workers,
+                  "device": device}
+    behind = {"library": library_digest(), "claims": hashlib.sha256(claims.read_bytes()).hexdigest()}
     for stem, path in notebooks.sources().items():
-        request = {"parameters": {"profile": str(profile), "overrides": dict(settings), "store": str(store), "out": str(out),
-                                  "workers": workers, "device": device},
-                   "notebook": notebooks.digest(path), "library": library_digest(),
-                   "claims": hashlib.sha256(claims.read_bytes()).hexdigest()}
-        _write_if_changed(work / f"{stem}.request.json", json.dumps(request, indent=1, sort_keys=True))
-        if not (out / f"{stem}.ipynb").is_file():
-            (work / f"{stem}.done").unlink(missing_ok=True)
-    request = {"notebooks": list(notebooks.sources()), "out": str(out), "work": str(work), "shares": shares}
+        request = {"parameters": parameters, "notebook": notebooks.digest(path)} | behind
+        asked, done = work / f"{stem}.request.json", work / f"{stem}.done"
+        _write_if_changed(asked, json.dumps(request, indent=1, sort_keys=True))
+        if not (out / f"{stem}.ipynb").is_file() or not _newer(done, asked):
+            done.unlink(missing_ok=True)
+    for path in (work / "artifacts.done", work / "progress.json", *work.glob("*.running")):
+        path.unlink(missing_ok=True)  # of a run before
+    # Named here, as Snakemake executes all that wait for a job that runs, and that of the artifacts runs if any notebook does.
+    pending = [stem for stem in notebooks.sources() if not (work / f"{stem}.done").is_file()]
+    request = {"notebooks": list(notebooks.sources()), "out": str(out), "work": str(work), "shares": shares,
+               "chapters": _chapters(), "pending": pending, "parameters": parameters}
     _write_if_changed(work / "study.json", json.dumps(request))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(work), "--cores", "1",
-               "--rerun-triggers", "mtime", "--rerun-incomplete", "--nolock", "--quiet", "all", "--config",
-               f"request={work / 'study.json'}", *snakemake]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(work),
+               "--cores", str(side_by_side(workers) if shares == 1 else 1), "--rerun-triggers", "mtime", "--rerun-incomplete",
+               "--nolock", "--quiet", "all", "--config", f"request={work / 'study.json'}", *snakemake]
     code, errors = _watched(command, work)
     if code:
         raise notebooks.Failed(errors or f"the workflow ended with status {code}; its log is under {work / '.snakemake'}")
@@ -75,54 +97,83 @@ def run(profile: str, settings: Mapping[str, Any], *, out: Path | None = None, s
     return out
 
 
+def _newer(path: Path, other: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= other.stat().st_mtime_ns
+
+
+def _chapters() -> list[str]:
+    """The chapters whose artifacts the notebooks show, which their names say; the verdicts need all."""
+    shown = [stem.split("-", 1)[1] for stem in notebooks.sources()]
+    return [name for name in stages.CHAPTERS if name in shown or "verdicts" in shown]
+
+
 def _watched(command: list[str], work: Path) -> tuple[int, str]:
-    """Run the workflow, show its notebooks' progress, and return its status and the last line that a job complained with."""
-    with tempfile.TemporaryDirectory() as folder:
-        progress = Path(folder) / "progress.json"
-        environment = os.environ | {"DPKIT_PROGRESS": str(progress), "PYTHONWARNINGS": "ignore"}
-        process = subprocess.Popen(command, cwd=project.root(), env=environment, stdout=subprocess.PIPE,
-                                   stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        stop = threading.Event()
-        shower = threading.Thread(target=_show, args=(progress, work, stop), daemon=True)
-        shower.start()
-        lines = []
+    """Run the workflow, show its progress, and return its status and the line that a job complained with."""
+    # in the working folder: a job may run on another machine that shares it
+    environment = os.environ | {"DPKIT_PROGRESS": str(work / "progress.json"), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(command, cwd=project.root(), env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    stop = threading.Event()
+    shower = threading.Thread(target=_show, args=(work, stop), daemon=True)
+    shower.start()
+    lines = []
+    try:
+        for text in process.stdout:
+            lines.append(text.rstrip())
+        code = process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGINT)
         try:
-            for text in process.stdout:
-                lines.append(text.rstrip())
-            code = process.wait()
-        except KeyboardInterrupt:
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            stop.set()
-            shower.join(timeout=2)
-    complaints = [text.removeprefix("dpkit: ") for text in lines if text.startswith("dpkit: ")]
-    if code and not complaints:
-        complaints = [text for text in lines if re.search(r"error|exception", text, re.IGNORECASE)]
-    return code, complaints[0] if complaints else ""
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        stop.set()
+        shower.join(timeout=2)
+        (work / "progress.json").unlink(missing_ok=True)
+    return code, _complaint(lines) if code else ""
 
 
-def _show(progress: Path, work: Path, stop: threading.Event) -> None:
+def _complaint(lines: Sequence[str]) -> str:
+    """The line that says why a workflow failed: of failed notebooks the first in reading order, else what a job said last."""
+    said = [text.removeprefix("dpkit: ") for text in lines if text.startswith("dpkit: ")]
+    failed = sorted(text for text in said if text.startswith("notebook "))
+    if failed or said:
+        return failed[0] if failed else said[-1]
+    return next((text for text in lines if re.search(r"error|exception", text, re.IGNORECASE)), "")
+
+
+def _show(work: Path, stop: threading.Event) -> None:
     """Repeat the progress line on standard error whenever it changes, at most once a second (ten where nobody watches)."""
     last = ""
     terminal = sys.stderr.isatty()
     while not stop.wait(1.0 if terminal else 10.0):
-        try:
-            text = json.loads(progress.read_text(encoding="utf-8"))["line"]
-        except (OSError, ValueError):
-            continue
-        if text != last:
-            done = len(list(work.glob("[0-9]*.done")))
-            prefix = f"notebook {min(done + 1, len(notebooks.sources()))} of {len(notebooks.sources())}, "
-            print(f"\r\x1b[2K{prefix}{text}"[:160] if terminal else f"{prefix}{text}", end="" if terminal else "\n",
-                  file=sys.stderr, flush=True)
+        text = _line(work)
+        if text and text != last:
+            print(f"\r\x1b[2K{text}"[:160] if terminal else text, end="" if terminal else "\n", file=sys.stderr, flush=True)
             last = text
     if terminal and last:
         print(file=sys.stderr)
+
+
+def _line(work: Path) -> str:
+    """How far a study is: what is computed for all notebooks together, then how many are executed and which are being so.
+
+    What a notebook itself computes, as its share or because it failed before, is said as its own. Empty before anything runs.
+    """
+    names = list(notebooks.sources())
+    done = sum((work / f"{name}.done").is_file() for name in names)
+    try:
+        computed = json.loads((work / "progress.json").read_text(encoding="utf-8"))["line"]
+    except (OSError, ValueError):
+        computed = ""
+    if computed and not computed.startswith(TOGETHER):
+        return f"notebook {min(done + 1, len(names))} of {len(names)}, {computed}"
+    running = [name for name in names if (work / f"{name}.running").is_file()]
+    if running or (work / "artifacts.done").is_file():
+        return f"notebooks: {done} of {len(names)} executed" + (f"  [{'; '.join(running)}]" if running else "")
+    return computed
 
 
 def provenance(profile: str, study: stages.Study, out: Path) -> dict[str, Any]:

@@ -317,7 +317,7 @@ def test_a_study_says_what_comes_and_notes_what_came_of_it(dpkit, here, tmp_path
     monkeypatch.setattr("dpkit.studies.run", work)
     answer = dpkit("study", "--profile", "tiny.yml", "--device", "cpu")
     assert answer.code == (130 if stopped else 0)
-    assert re.match(r"about \d+ s on 1 core \(\d+ to \d+\), \d+ MB of memory, [\d.]+ MB on disk; ", answer.out)
+    assert re.match(r"about \d+ s on 1 core \(\d+ to \d+\), [\d.]+ [MG]B of memory, [\d.]+ MB on disk; ", answer.out)
     line = stages.forecast.records(Store(tmp_path / "store"))[-1]
     assert (line["what"], line["complete"]) == ("study", not stopped)
     assert (0 < line["share"] < 0.5) if stopped else line["share"] == 1

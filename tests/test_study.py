@@ -121,16 +121,16 @@ def test_a_second_run_makes_nothing_and_executes_nothing(study):
 
 def test_a_notebook_that_was_deleted_is_executed_again_from_the_store_to_the_same_bytes(study):
     with study.alone():
-        last = study.folder / "09-verdicts.ipynb"
-        before, stamps, content = keys(study.store), times(study.folder), last.read_bytes()
+        again = [study.folder / name for name in ("04-masks.ipynb", "09-verdicts.ipynb")]  # the last one sums up
+        before, stamps, content = keys(study.store), times(study.folder), [path.read_bytes() for path in again]
         record = (study.folder / "numbers.jsonl").read_bytes()
-        last.unlink()
+        again[0].unlink()
         studies.run("smoke", {})
         assert keys(study.store) == before
-        assert last.read_bytes() == content
+        assert [path.read_bytes() for path in again] == content
         assert (study.folder / "numbers.jsonl").read_bytes() == record
         assert {name for name, stamp in times(study.folder).items() if stamps[name] != stamp} == {
-            "09-verdicts.ipynb", "numbers.jsonl", "verdicts.json"}
+            *(path.name for path in again), "numbers.jsonl", "verdicts.json"}
 
 
 def test_a_share_makes_its_part_with_equal_bits_and_no_more(study, tmp_path):
@@ -146,19 +146,112 @@ def test_a_share_makes_its_part_with_equal_bits_and_no_more(study, tmp_path):
     assert {key: one.get(key).meta["sha256"] for key in made} == {key: whole.get(key).meta["sha256"] for key in made}
 
 
-def test_a_notebook_that_fails_ends_the_study_in_one_line_and_leaves_no_output(checkout):
+# --- the workflow -----------------------------------------------------------------------------------------------------
+
+PARAMETERS = 'profile, overrides, store, out, device, workers = "smoke", {}, None, None, "auto", 0'
+LANGUAGE = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+
+
+def put(checkout: Path, **sources: tuple[str, ...]) -> None:
+    """Notebooks of these cells, by name (``n01_odd`` is 01-odd), instead of the study's."""
     for path in (checkout / "notebooks").glob("*.ipynb"):
         path.unlink()
-    cells = [nbformat.v4.new_code_cell(source, metadata={"tags": tags}) for source, tags in (
-        ('profile, overrides, store, out, device, workers = "smoke", {}, None, None, "auto", 0', ["parameters"]),
-        ('print("before")', []), ('raise ValueError("the data are odd")', []))]
-    language = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), checkout / "notebooks" / "01-odd.ipynb")
+    for name, texts in sources.items():
+        cells = [nbformat.v4.new_code_cell(text, metadata={"tags": [] if i else ["parameters"]})
+                 for i, text in enumerate((PARAMETERS, *texts))]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=LANGUAGE),
+                       checkout / "notebooks" / f"{name[1:].replace('_', '-')}.ipynb")
+
+
+def printed(path: Path) -> str:
+    """What an executed notebook's cells wrote."""
+    return "".join(o.text for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+                   for o in cell.outputs if o.output_type == "stream")
+
+
+def test_a_notebook_that_fails_ends_the_study_in_one_line_and_leaves_no_output(checkout):
+    put(checkout, n01_odd=("import os", "print(os.environ['OMP_NUM_THREADS'])", 'raise ValueError("the data are odd")'))
     with pytest.raises(notebooks.Failed) as caught:
         studies.run("smoke", {})
     assert re.match(r"notebook 01-odd failed: ValueError: the data are odd; the executed copy is \S+$", str(caught.value))
     assert not [path for path in (checkout / "book" / "runs" / "smoke").rglob("*") if path.is_file()]
-    assert (checkout / "results" / "failed" / "01-odd.ipynb").stat().st_size
+    assert printed(checkout / "results" / "failed" / "01-odd.ipynb") == "1\n"  # a core each, as others are drawn beside it
+
+
+def test_notebooks_are_executed_side_by_side_and_the_last_one_after_them(checkout):
+    def waits(mine: str, other: str) -> tuple[str, ...]:
+        return ("import time\nfrom pathlib import Path",
+                f"Path({mine!r}).touch()\nwhile not Path({other!r}).exists():\n    time.sleep(0.1)")
+
+    put(checkout, n01_one=waits("one", "two"), n02_two=waits("two", "one"),
+        n03_last=("from pathlib import Path", "print(sorted(path.name for path in Path(out).glob('[0-9]*')))"))
+    out = studies.run("smoke", {}, workers=2)
+    assert printed(out / "03-last.ipynb") == "['01-one.ipynb', '02-two.ipynb']\n"
+    assert not list((checkout / "results" / "runs").rglob("*.running"))
+    assert not list((checkout / "results" / "runs").rglob("progress.json"))
+
+
+def test_a_unit_that_fails_names_itself_in_the_notebook_that_needs_it(study, checkout):
+    for path in (checkout / "notebooks").glob("*.ipynb"):
+        if path.stem not in ("01-data", "05-robustness"):
+            path.unlink()
+    # as a profile of its own, from a place that jobs do not start in
+    (checkout / "own.yml").write_text(stages.profiles()["smoke"].read_text(encoding="utf-8"), encoding="utf-8")
+    with study.alone():
+        shutil.copytree(study.store, checkout / "results" / "store")
+    store, plan = checkout / "results" / "store", cli.plan_of("own.yml", {})
+    needs, other = plan.robustness()[-1].unit, plan.data()[0].unit
+    for unit in (needs, other):
+        shutil.rmtree(store / unit.key[:2] / unit.key)
+    network = needs.parents["network"].key
+    (store / network[:2] / network / "tensors.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(notebooks.Failed) as caught:
+        studies.run("own.yml", {}, workers=1)
+    assert str(caught.value).startswith("notebook 05-robustness failed: RuntimeError: 1 of robustness's units ended in an error, "
+                                        f"the first: {needs.label}: ")
+    assert needs.label in (store / "errors" / f"{needs.key}.txt").read_text(encoding="utf-8")
+    assert (store / other.key[:2] / other.key / "meta.json").is_file()  # all else is made
+    shown = nbformat.read(checkout / "results" / "failed" / "05-robustness.ipynb", as_version=4)
+    assert [o.ename for cell in shown.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == "error"] == [
+        "RuntimeError"]
+
+
+def test_the_line_says_what_is_computed_and_then_what_is_executed(checkout, tmp_path):
+    put(checkout, n01_data=(), n02_own=(), n03_last=())
+    assert studies._line(tmp_path) == ""
+    (tmp_path / "progress.json").write_text('{"line": "artifacts: 2 of 9 units"}', encoding="utf-8")
+    assert studies._line(tmp_path) == "artifacts: 2 of 9 units"
+    (tmp_path / "artifacts.done").touch()
+    assert studies._line(tmp_path) == "notebooks: 0 of 3 executed"
+    for name in ("01-data.done", "02-own.share-1of2.done", "02-own.running", "03-last.running"):
+        (tmp_path / name).touch()
+    assert studies._line(tmp_path) == "notebooks: 1 of 3 executed  [02-own; 03-last]"
+    (tmp_path / "progress.json").write_text('{"line": "own: 2 of 9 units"}', encoding="utf-8")
+    assert studies._line(tmp_path) == "notebook 2 of 3, own: 2 of 9 units"
+    (tmp_path / "progress.json").write_text('{"line": "cut', encoding="utf-8")
+    assert studies._line(tmp_path) == "notebooks: 1 of 3 executed  [02-own; 03-last]"
+
+
+def test_only_what_the_notebooks_show_is_computed(checkout):
+    assert studies._chapters() == list(stages.CHAPTERS)
+    put(checkout, n01_hessian=(), n02_own=(), n03_data=())
+    assert studies._chapters() == ["data", "hessian"]
+
+
+@pytest.mark.parametrize(("lines", "reason"), [
+    (["dpkit: notebook 05-b failed: y", "dpkit: fewer processes", "dpkit: notebook 03-a failed: x"], "notebook 03-a failed: x"),
+    (["noise", "dpkit: fewer processes", "dpkit: no space left", "Error in rule"], "no space left"),
+    (["noise", "MissingInputException in rule chapter"], "MissingInputException in rule chapter"), (["noise"], "")])
+def test_one_line_of_what_a_failed_workflow_says_is_the_reason(lines, reason):
+    assert studies._complaint(lines) == reason
+
+
+@pytest.mark.parametrize(("workers", "free", "beside"), [(3, None, 3), (3, 64e9, 3), (3, 2.5e9, 2), (3, 1e8, 1), (1, None, 1),
+                                                         (50, None, 8), (0, None, 4)])
+def test_as_many_notebooks_at_once_as_there_are_cores_and_memory(monkeypatch, workers, free, beside):
+    monkeypatch.setattr("dpkit.cores.available", lambda: 4)
+    monkeypatch.setattr(studies, "free_memory", lambda: free)
+    assert studies.side_by_side(workers) == beside
 
 
 # --- stale ------------------------------------------------------------------------------------------------------------

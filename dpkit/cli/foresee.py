@@ -14,7 +14,7 @@ from rich.table import Table
 from dpkit.cli.shared import Device, Profile, Settings, Workers, open_store, out, plan_of, settings_of
 
 app = typer.Typer()
-NOTEBOOK_MEMORY = 350e6  # the workflow and a notebook's kernel beside the workers, a guess
+WORKFLOW_MEMORY = 350e6  # the command and the workflow that wait for the jobs
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,24 @@ def of_units(store, left: Mapping[str, Any], device: str, workers: int) -> Outlo
 
 
 def of_study(store, plan, device: str, workers: int) -> Outlook:
-    """What a study will take: its chapters one after another, each in a notebook of its own."""
-    chapters = by_chapter(store, plan, device, workers)
-    left = {key: unit for _, _, units in chapters for key, unit in units.items()}
-    return Outlook("study", _together([found for _, found, _ in chapters], notebooks=True), left)
+    """What a study will take: everything that is missing computed together, then its notebooks."""
+    from dpkit import stages
+
+    left = stages.missing(store, [e.unit for name in stages.CHAPTERS for e in plan.chapter(name)])
+    return with_notebooks(of_units(store, left, device, workers), workers)
+
+
+def with_notebooks(computed: Outlook, workers: int) -> Outlook:
+    """What a study will take whose computation takes ``computed``: its notebooks come after it, some of them side by side."""
+    from dpkit.notebooks import sources
+    from dpkit.stages import priors
+    from dpkit.studies import NOTEBOOK_MEMORY, side_by_side
+
+    found, many, beside = computed.forecast, len(sources()), side_by_side(workers)
+    around = (math.ceil((many - 1) / beside) + 1) * priors.NOTEBOOK  # the last one comes after the others
+    times = {name: getattr(found, name) + around * factor for name, factor in (("seconds", 1.0), ("low", 0.75), ("high", 1.33))}
+    memory = max(found.memory, beside * NOTEBOOK_MEMORY) + WORKFLOW_MEMORY
+    return Outlook("study", replace(found, **times, memory=memory), computed.units)
 
 
 def by_chapter(store, plan, device: str, workers: int) -> list[tuple[str, Any, dict[str, Any]]]:
@@ -65,21 +79,6 @@ def by_chapter(store, plan, device: str, workers: int) -> list[tuple[str, Any, d
         found.append((name, forecast.of(store, left, device=device, workers=workers, small=SMALL, population=POPULATION,
                                         model=model), left))
     return found
-
-
-def _together(parts: list, notebooks: bool = False):
-    """Forecasts of things that happen one after another, as one. Their errors have one cause, so the ranges add up."""
-    from dpkit.notebooks import sources
-    from dpkit.stages import priors
-
-    around = len(sources()) * priors.NOTEBOOK if notebooks else 0.0
-    seconds, low, high = (sum(getattr(p, name) for p in parts) + around * times
-                          for name, times in (("seconds", 1.0), ("low", 0.75), ("high", 1.33)))
-    costs = {key: cost for p in parts for key, cost in p.costs.items()}
-    memory = max((p.memory for p in parts), default=0.0) + NOTEBOOK_MEMORY * notebooks
-    busiest = max(parts, key=lambda p: p.seconds)
-    return replace(busiest, units=sum(p.units for p in parts), seconds=seconds, low=low, high=high, memory=memory,
-                   disk=sum(p.disk for p in parts), costs=costs, workers=max(p.workers for p in parts))
 
 
 def announce(store, outlook: Outlook) -> None:
@@ -113,10 +112,9 @@ def predict(profile: Profile = "quick", set: Settings = None, workers: Workers =
         return
     chapters = by_chapter(store, plan, device, workers)
     table = Table("chapter", "missing", "time", "range", "memory", "disk", box=None)
+    whole = of_units(store, {k: u for _, _, units in chapters for k, u in units.items()}, device, workers)
     rows = [(name, found) for name, found, _ in chapters]
-    parts = [found for _, found in rows]
-    whole = of_units(store, {k: u for _, _, units in chapters for k, u in units.items()}, device, workers).forecast
-    rows += [("dpkit compute", whole), ("dpkit study", _together(parts, notebooks=True))]
+    rows += [("dpkit compute", whole.forecast), ("dpkit study", with_notebooks(whole, workers).forecast)]
     for name, found in rows:
         time_, ends = span(found.seconds, found.low, found.high) if found.seconds else ("-", "-")
         table.add_row(name, str(found.units), time_, ends, size(found.memory) if found.units else "-",
@@ -124,7 +122,7 @@ def predict(profile: Profile = "quick", set: Settings = None, workers: Workers =
     out.print(table)
     for text in forecast.shortages(store, rows[-1][1]) if whole.units else ():
         print(f"dpkit: warning: this {text}", file=sys.stderr, flush=True)
-    if whole.guessed:
+    if whole.forecast.guessed:
         out.print("from the library's table: the store has no timings of this machine for most of this yet")
     _errors(store, model)
 

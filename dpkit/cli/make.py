@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,17 +60,37 @@ def run(notebook: Annotated[str, typer.Argument(help="a notebook's name, such as
         given["share"] = share
     path = notebooks.find(notebook)
     target = output or project.root() / "results" / "executed" / path.name
-    out.print(short(notebooks.execute(notebook, given, target)))
+    with _marked(request, path.stem) if request and share == "1/1" else nullcontext():
+        out.print(short(notebooks.execute(notebook, given, target)))
+
+
+@contextmanager
+def _marked(request: Path, name: str) -> Iterator[None]:
+    """While the workflow executes a notebook that shows what is made: a file that says so, and one thread for its kernel.
+
+    Others are executed beside it, and threads that wait for one another's cores take many times as long.
+    """
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = "1"
+    mark = request.with_name(f"{name}.running")
+    mark.touch()
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
 
 
 @app.command()
 def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated[list[str] | None, typer.Option(
         help="only this chapter; repeatable")] = None, share: Annotated[str, typer.Option(help="i/n: only this part")] = "1/1",
-        workers: Workers = 0, device: Device = "auto") -> None:
+        workers: Workers = 0, device: Device = "auto", request: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Make a profile's artifacts without notebooks, for a bare GPU box. Carry them home with `dpkit store pack`."""
     from dpkit import project, stages
     from dpkit.progress import duration, observer
 
+    if request:
+        _for_notebooks(json.loads(request.read_text(encoding="utf-8")))
+        return
     for name in chapter or []:
         if name not in stages.CHAPTERS:
             raise stages.unknown("chapter", name, stages.CHAPTERS)
@@ -87,6 +110,23 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
     if report.errors:
         raise RuntimeError(f"{len(report.errors)} units ended in an error, the first: {next(iter(report.errors.values()))}; "
                            f"see {short(store.root / 'errors')}")
+
+
+def _for_notebooks(request: dict[str, Any]) -> None:
+    """Make what a study's notebooks show, as a job of the workflow.
+
+    A unit that ends in an error is no error here: the notebook that needs it tries once more and shows what happened.
+    """
+    from dpkit import project, stages, studies
+    from dpkit.progress import observer
+    from dpkit.store import Store
+
+    os.chdir(project.root())  # where kernels run, too: paths of data may be relative
+    given = request["parameters"]
+    plan = plan_of(given["profile"], given["overrides"])
+    stages.compute(Store(Path(given["store"])), [u for name in request["chapters"] for u in plan.share(name)],
+                   device=given["device"], workers=given["workers"], data_root=project.data_folder(),
+                   observe=observer(studies.TOGETHER))
 
 
 @app.command()

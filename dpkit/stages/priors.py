@@ -60,4 +60,4 @@ WAYS: dict[str, dict[str, float]] = {"bf16": {"gflop": 0.5, "gbyte": 1.0}, "comp
 START = 2.5  # seconds until a worker process takes its first unit
 LOAD = 2.0  # and for each gigabyte of images that it reads and normalises
 COMPILE = 12.0  # one compiled function of a training step, nothing cached; 27 was seen for a matching step
-NOTEBOOK = 6.0  # a notebook around its computation: the kernel, the figures
+NOTEBOOK = 12.0  # a notebook around its computation: two processes that load the library, the figures
