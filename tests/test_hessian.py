@@ -263,6 +263,10 @@ REFUSED = {
     "a label missing": (lambda a: a.update(labels=a["labels"][1:]), "12 images and 11 labels"),
     "label out of range": (lambda a: a["labels"].fill_(CLASSES), "whole numbers from 0 to 3"),
     "soft labels of another width": (lambda a: a.update(labels=torch.ones(IMAGES, 3)), "probabilities"),
+    "soft labels below zero": (lambda a: a.update(labels=torch.full((IMAGES, CLASSES), -0.25)), "probabilities of at least 0"),
+    "soft labels that are no numbers": (lambda a: a.update(labels=torch.full((IMAGES, CLASSES), math.nan)), "of at least 0"),
+    "a memory bound that is no number": (lambda a: a.update(memory=math.nan), "memory must be a finite number of bytes"),
+    "a memory bound without an end": (lambda a: a.update(memory=math.inf), "memory must be a finite number of bytes"),
     "half precision": (lambda a: a.update(dtype=torch.float16), "dtype must be"),
     "empty chunk": (lambda a: a.update(chunk=0), "chunk must be >= 1, got 0"),
 }

@@ -207,8 +207,13 @@ def test_estimators_refuse_counts_that_make_no_sense():
         (lambda: top_eigenvalue(op, 4, g), r"steps must lie in \[1, 3\] \(the dimension\), got 4"),
         (lambda: top_eigenvalue(op, 0, g), r"steps must lie in \[1, 3\]"),
         (lambda: top_eigenpairs(op, 3, 2, g), r"k must lie in \[1, 2\]"),
+        (lambda: trace(op, 2.5, g), r"probes must be a whole number, got 2\.5"),
+        (lambda: trace(op, True, g), "probes must be a whole number, got True"),
+        (lambda: top_eigenpairs(op, 2.5, 3, g), r"k must be a whole number, got 2\.5"),
+        (lambda: top_eigenvalue(op, "3", g), "steps must be a whole number, got '3'"),
         (lambda: Estimate(1.0, 0.5, 1, 1).interval(), "at least 2 measurements, got 1"),
         (lambda: Estimate(1.0, 0.5, 9, 9).interval(1.0), r"level must lie in \(0, 1\)"),
     ]:
-        with pytest.raises(ValueError, match=line):
+        with pytest.raises(ValueError, match=line) as caught:
             call()
+        assert "\n" not in str(caught.value)

@@ -102,10 +102,14 @@ def test_what_makes_no_sense_is_refused():
     def layer(images=images, labels=labels, mask=mask, params=params, **more):
         return last_layer_diagonal(CONVNET, params, buffers, images, labels, mask, **more)
 
+    whole, soft = {**params, "classifier.weight": torch.zeros(4, 3)}, torch.ones(12, 4, dtype=torch.float64) / 4
     broken = {**params, "classifier.bias": params["classifier.bias"] * float("nan")}
     for call, line in [
-        (lambda: layer(mask=none), r"mask of classifier\.weight must be boolean, \(4, 3\), and keep at least one weight"),
-        (lambda: layer(mask={"classifier.weight": torch.ones(2).bool()}), r"got \(2,\) torch.bool with 2 kept"),
+        (lambda: layer(mask=none, params=whole), r"mask of classifier\.weight must keep at least one weight, got none kept"),
+        (lambda: layer(mask={"classifier.weight": torch.ones(2).bool()}),
+         r"mask of classifier\.weight must be boolean and shaped like it \(\(4, 3\)\), got \(2,\)"),
+        (lambda: layer(mask=none), r"pruned entries must be 0, got \d+ others in classifier\.weight"),
+        (lambda: layer(labels=-soft), r"\(12, 4\) torch\.float64 from -"),
         (lambda: layer(images=images[:0], labels=labels[:0]), "at least one"),
         (lambda: layer(labels=labels[1:]), "12 images and 11 labels"),
         (lambda: layer(chunk=0), "chunk must be >= 1, got 0"),
@@ -115,6 +119,8 @@ def test_what_makes_no_sense_is_refused():
         (lambda: exact_diagonal(op, entries=torch.zeros(0)), r"places in \[0, 5\), got \(0,\)"),
         (lambda: exact_diagonal(op, memory=79), "one vector and its product, 80 bytes, got 79"),
         (lambda: exact_diagonal(op, block=0), "block must be >= 1, got 0"),
+        (lambda: exact_diagonal(op, block=2.5), r"block must be a whole number, got 2\.5"),
+        (lambda: exact_diagonal(op, memory=float("nan")), "memory must be a finite number of bytes, at least 1, or None"),
     ]:
         with pytest.raises(ValueError, match=line) as caught:
             call()

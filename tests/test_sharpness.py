@@ -290,6 +290,10 @@ def test_the_fixed_images_are_those_of_hessians():
     everything = fixed_loss(CONVNET, params, buffers, images, labels, mask, count=8, scope="all")
     assert everything.size == sum(t.numel() for t in params.values()) - sum(int((~m).sum()) for m in mask.values())
     assert everything.dtype == torch.float32
+    with pytest.raises(ValueError, match="scope must be one of weights, all; got 'layers'"):
+        fixed_loss(CONVNET, params, buffers, images, labels, mask, count=8, scope="layers")
+    with pytest.raises(ValueError, match="dtype must be one of float32, float64; got 'xx'"):
+        fixed_loss(CONVNET, params, buffers, images, labels, mask, count=8, dtype="xx")
 
 
 def test_batches_share_the_loss_out():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.estimate import LinearOperator
 from dpkit.hessian.lanczos import Eigenpairs
 
@@ -39,6 +40,7 @@ def block_eigenpairs(op: LinearOperator, k: int, products: int, generator: torch
     ``residuals`` are bounds as of :func:`top_eigenpairs`; ``values`` are in the order of ``which``. Memory: as many vectors as
     products. Raises ``ValueError`` outside these ranges.
     """
+    check_whole(k=k, products=products, block=1 if block is None else block)
     if not 1 <= k <= op.size:
         raise ValueError(f"k must lie in [1, {op.size}] (the dimension), got {k}")
     if not k <= products <= op.size:

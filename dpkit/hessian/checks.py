@@ -1,8 +1,10 @@
 """What an operator asks of its mask and images, a fixed subset of them, and full precision while it multiplies."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -28,18 +30,32 @@ def full_precision() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
+def check_whole(**values: object) -> None:
+    """Raise ``ValueError`` with the name of the first of ``values`` that is no whole number."""
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def check_memory(memory: object) -> None:
+    """Raise ``ValueError`` unless a memory bound is a finite number of bytes, at least 1, or None."""
+    fits = memory is None or (isinstance(memory, Real) and math.isfinite(memory) and memory >= 1)
+    if not fits:
+        raise ValueError(f"memory must be a finite number of bytes, at least 1, or None for no bound; got {memory!r}")
+
+
 def check_labels(images: Tensor, labels: Tensor, classes: int) -> None:
-    """Raise ``ValueError`` unless every image, of at least one, has a class or ``classes`` probabilities."""
+    """Raise ``ValueError`` unless every image, of at least one, has a class or ``classes`` probabilities, none below 0."""
     if len(images) == 0 or len(images) != len(labels):
         raise ValueError("images and labels must be equally many and at least one, "
                          f"got {len(images)} images and {len(labels)} labels")
     if labels.is_floating_point():
-        fits = labels.dim() == 2 and labels.shape[1] == classes
+        fits = labels.dim() == 2 and labels.shape[1] == classes and bool(((labels >= 0) & labels.isfinite()).all())
     else:
         fits = labels.dim() == 1 and bool(((labels >= 0) & (labels < classes)).all())
     if not fits:
         raise ValueError(f"labels must be (N,) whole numbers from 0 to {classes - 1} or "
-                         f"(N, {classes}) probabilities, got {tuple(labels.shape)} {labels.dtype} "
+                         f"(N, {classes}) probabilities of at least 0, got {tuple(labels.shape)} {labels.dtype} "
                          f"from {labels.min().item():g} to {labels.max().item():g}")
 
 

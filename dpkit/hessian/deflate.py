@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.diagonal import Diagonal, trace_and_diagonal
 from dpkit.hessian.estimate import Estimate, LinearOperator, rademacher
 from dpkit.hessian.trace import trace
@@ -79,6 +80,7 @@ def sketch(op: LinearOperator, columns: int, generator: torch.Generator) -> Defl
 
     Raises ``ValueError`` unless columns lies in [0, n].
     """
+    check_whole(columns=columns)
     if not 0 <= columns <= op.size:
         raise ValueError(f"columns of a sketch must lie in [0, {op.size}] (the dimension), got {columns}")
     if columns == 0:
@@ -104,6 +106,7 @@ def hutch_plus_plus(op: LinearOperator, products: int, generator: torch.Generato
     sketch: the sketch and the probes are independent, so it is an honest one; ``samples`` counts the probes. Raises
     ``ValueError`` outside that range.
     """
+    check_whole(products=products)
     if not 4 <= products <= 3 * op.size:
         raise ValueError(f"products must lie in [4, {3 * op.size}] (three times the dimension), got {products}")
     rest = sketch(op, products // 3, generator)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.deflate import Deflated
 from dpkit.hessian.estimate import Estimate, LinearOperator
 from dpkit.hessian.lanczos import Eigenpairs, tridiagonalise
@@ -158,6 +159,7 @@ def spectral_density(op: LinearOperator, probes: int, steps: int, generator: tor
     generator; pairs fewer than n, their products count with the density's. Fewer products are spent where a space closes early.
     Raises ``ValueError`` outside these ranges.
     """
+    check_whole(probes=probes, steps=steps)
     if pairs is not None:
         return _around(op, probes, steps, generator, pairs)
     if probes < 2:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_memory, check_whole
 from dpkit.hessian.estimate import Estimate, LinearOperator, probed
 from dpkit.hessian.trace import mean_estimate
 
@@ -95,13 +96,15 @@ def exact_diagonal(op: LinearOperator, *, limit: int = 5000, block: int = 64, en
     if len(places) > limit:
         raise ValueError(f"exact_diagonal takes one product an entry and at most {limit}, "
                          f"got {len(places)} entries; use diagonal or raise limit")
+    check_whole(block=block)
+    check_memory(memory)
     if block < 1:
         raise ValueError(f"block must be >= 1, got {block}")
     if memory is not None:
         each = 2 * op.size * torch.empty(0, dtype=op.dtype).element_size()
         if memory < each:
             raise ValueError(f"memory must hold one vector and its product, {each} bytes, got {memory}")
-        block = min(block, memory // each)
+        block = min(block, int(memory // each))
     values = torch.empty(len(places), dtype=torch.float64)
     for start in range(0, len(places), block):
         rows = places[start:start + block].to(op.device)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.statistics import student_quantile
 
 BLOCK = 8
@@ -83,6 +84,7 @@ def probed(op: LinearOperator, probes: int, generator: torch.Generator) -> Itera
     the operator's dtype is kept; sums over a block belong in float64. Raises ``ValueError`` for fewer than 2
     probes.
     """
+    check_whole(probes=probes)
     if probes < 2:
         raise ValueError(f"probes must be >= 2 to give an error bar, got {probes}")
     for start in range(0, probes, BLOCK):

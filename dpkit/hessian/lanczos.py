@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.estimate import Estimate, LinearOperator
 
 
@@ -44,6 +45,7 @@ def top_eigenpairs(op: LinearOperator, k: int, steps: int, generator: torch.Gene
 
     1 <= k <= steps <= n. Raises ``ValueError`` otherwise, or when the space closes on fewer than k pairs.
     """
+    check_whole(k=k, steps=steps)
     if not 1 <= steps <= op.size:
         raise ValueError(f"steps must lie in [1, {op.size}] (the dimension), got {steps}")
     if not 1 <= k <= steps:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dpkit import models
-from dpkit.hessian.checks import check_labels
+from dpkit.hessian.checks import check_labels, check_mask
 from dpkit.hessian.diagonal import Diagonal
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Mask, Params
@@ -32,18 +32,17 @@ def last_layer_diagonal(model: ModelSpec, params: Params, buffers: Buffers, imag
     dtype  of the computation
 
     Values (m,): W's surviving entries row by row, then b, in the order of an :class:`Operator` with
-    ``names=(W,)`` or ``(W, b)``. Raises ``ValueError`` for no images, labels that do not fit, a mask of another shape or one
-    that leaves nothing of the layer, or values that are not finite.
+    ``names=(W,)`` or ``(W, b)``. Raises ``ValueError`` for no images, labels that do not fit, masks that do not fit,
+    pruned entries that are not 0, nothing left of the layer, or values that are not finite.
     """
     check_labels(images, labels, model.classes)
     if chunk < 1:
         raise ValueError(f"chunk must be >= 1, got {chunk}")
     name = models.classifier_name(model)
     weight = params[f"{name}.weight"]
-    keep = (mask or {}).get(f"{name}.weight", torch.ones(weight.shape, dtype=torch.bool))
-    if keep.shape != weight.shape or keep.dtype != torch.bool or not keep.any():
-        raise ValueError(f"mask of {name}.weight must be boolean, {tuple(weight.shape)}, and keep at least one weight, "
-                         f"got {tuple(keep.shape)} {keep.dtype} with {int(keep.sum())} kept")
+    keep = check_mask(mask or {}, params).get(f"{name}.weight", torch.ones(weight.shape, dtype=torch.bool))
+    if not keep.any():
+        raise ValueError(f"mask of {name}.weight must keep at least one weight, got none kept")
     params, buffers = ({n: t.detach().to(dtype) for n, t in group.items()} for group in (params, buffers))
     total = torch.zeros(weight.shape[0], weight.shape[1] + 1, dtype=torch.float64, device=weight.device)
     for start in range(0, len(images), chunk):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.estimate import Estimate, LinearOperator, rademacher
 from dpkit.hessian.trace import mean_estimate
 
@@ -34,9 +35,12 @@ def moments(op: LinearOperator, probes: int, generator: torch.Generator, block: 
     Both are unbiased; the second has variance 2 sum_{i != j} (H^2)_ij^2 a probe. Root and ratio are those of the means,
     corrected to first order by the jackknife (:func:`jackknife`), and need more than a few probes.
 
-    op symmetric (n, n); probes at least 3; CPU generator; ``block`` of them are multiplied together. Raises ``ValueError`` for
-    fewer than 3 probes.
+    op symmetric (n, n); probes at least 3; CPU generator; ``block`` of them, at least 1, are multiplied together. Raises
+    ``ValueError`` outside these ranges.
     """
+    check_whole(probes=probes, block=block)
+    if block < 1:
+        raise ValueError(f"block must be >= 1, got {block}")
     if probes < 3:
         raise ValueError(f"probes must be >= 3 to give an error bar of a ratio, got {probes}")
     first, second = [], []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpkit import models, tree
 from dpkit.hessian.checks import check_labels, full_precision, subset
+from dpkit.hessian.spec import DTYPES, SCOPES
 from dpkit.hessian.weights import Weights
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Mask, Params
@@ -142,9 +143,12 @@ def fixed_loss(model: ModelSpec, params: Params, buffers: Buffers, images: Tenso
                count: int, scope: str = "weights", dtype: str = "float32", chunk: int = CHUNK) -> NetworkLoss:
     """The loss over the fixed, class-balanced :func:`dpkit.hessian.subset` of ``count`` images, as Hessians are measured on.
 
-    scope: ``weights``, the prunable weights, or ``all`` parameters. Raises ``ValueError`` as :class:`NetworkLoss` does, and where
-    there are fewer images.
+    scope: ``weights``, the prunable weights, or ``all`` parameters; dtype: ``float32`` or ``float64``. Raises ``ValueError`` for
+    other words, as :class:`NetworkLoss` does, and where there are fewer images.
     """
+    for word, value, allowed in (("scope", scope, SCOPES), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{word} must be one of {', '.join(allowed)}; got {value!r}")
     index = subset(labels, count)
     names = models.prunable(model) if scope == "weights" else tuple(params)
     return NetworkLoss(model, params, buffers, images[index.to(images.device)], labels[index.to(labels.device)], mask, names,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpkit import models, tree
-from dpkit.hessian.checks import check_labels, full_precision, subset
+from dpkit.hessian.checks import check_labels, check_memory, full_precision, subset
 from dpkit.hessian.matrices import MATRICES, Multiply, multiplier
 from dpkit.hessian.memory import Watch, fitting
 from dpkit.hessian.product import CHUNK, MEMORY, CompiledProduct, chunk_size, worthwhile
@@ -95,6 +95,7 @@ class Operator(Weights):
         for word, value, allowed in (("matrix", matrix, MATRICES), ("mode", mode, MODES), ("precision", precision, PRECISIONS)):
             if value not in allowed:
                 raise ValueError(f"{word} must be one of {', '.join(allowed)}; got {value!r}")
+        check_memory(memory)
         if memory is not None and keep is not None:
             raise ValueError(f"keep must be None where memory decides it, got keep {keep} and memory {memory}")
         super().__init__(model, params, mask, names, dtype, include_pruned)

@@ -9,6 +9,8 @@ from dpkit.spec import Spec, later
 
 MODES = ("eval", "train")
 PRECISIONS = ("fp32", "bf16")
+SCOPES = ("weights", "all")
+DTYPES = ("float32", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class HessianSpec(Spec):
         self.require(self.images >= 1, f"images must be >= 1, got {self.images}")
         self.require(self.probes >= 2, f"probes must be >= 2 to give an error bar, got {self.probes}")
         self.require(self.lanczos_steps >= 1, f"lanczos_steps must be >= 1, got {self.lanczos_steps}")
-        self.one_of("scope", ("weights", "all"))
-        self.one_of("dtype", ("float32", "float64"))
+        self.one_of("scope", SCOPES)
+        self.one_of("dtype", DTYPES)
         self.one_of("matrix", MATRICES)
         self.one_of("mode", MODES)
         self.one_of("precision", PRECISIONS)

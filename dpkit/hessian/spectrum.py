@@ -80,7 +80,8 @@ def spectrum(spec: SpectrumSpec, operator: Callable[[str], LinearOperator], gene
     operator: the name of a matrix (``hessian``, ``gauss_newton``, ``empirical_fisher``) to its operator at one network; called
     once for each, so that only one holds its graphs at a time. The eigenpairs of largest size are found first; what converged is
     taken out of the matrix exactly, and probes see the rest only (:mod:`dpkit.hessian.deflate`). Where there are fewer entries
-    than products are asked for, as many as there are entries are spent. Raises ``ValueError`` as the parts do.
+    than products are asked for, as many as there are entries are spent, and where there are no more entries than ``eigenvalues``
+    all of them are found: trace and density are then exact, up to the products' rounding. Raises ``ValueError`` as the parts do.
     """
     op = operator("hessian")
     wanted = min(spec.eigenvalues, op.size)
@@ -89,8 +90,9 @@ def spectrum(spec: SpectrumSpec, operator: Callable[[str], LinearOperator], gene
     known = Eigenpairs(pairs.values[good], pairs.vectors[:, good.to(pairs.vectors.device)], pairs.residuals[good], pairs.products)
     total, _ = deflated_trace_and_diagonal(op, known.vectors, spec.trace_probes, generator)
     norms = moments(op, spec.trace_probes, generator)
-    room = op.size - len(known.values)
-    density = spectral_density(op, spec.probes, max(1, min(spec.steps, room)), generator, known)
+    # Directions are drawn from what is not known, so one is left to them where all pairs converged: the last, of smallest size.
+    apart = Eigenpairs(*(t[..., :op.size - 1] for t in known[:3]), known.products)
+    density = spectral_density(op, spec.probes, min(spec.steps, op.size - len(apart.values)), generator, apart)
     of_hessian = total.products + norms.frobenius.products + density.products
     op = operator("gauss_newton")
     newton, newton_top = trace(op, spec.other_probes, generator), top_eigenvalue(op, min(spec.other_steps, op.size), generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpkit.hessian.checks import check_whole
 from dpkit.hessian.estimate import Estimate, LinearOperator
 
 
@@ -30,6 +31,7 @@ def xtrace(op: LinearOperator, products: int, generator: torch.Generator) -> Est
     op symmetric (n, n); products even, at least 6 and at most 2 n; CPU generator. The vectors held are 4 x m. Raises
     ``ValueError`` outside that range.
     """
+    check_whole(products=products)
     if products % 2 or not 6 <= products <= 2 * op.size:
         raise ValueError(f"products must be even and lie in [6, {2 * op.size}] (twice the dimension), got {products}")
     count = products // 2
