@@ -54,8 +54,13 @@ def transfer(model: ModelSpec, mask: Mask, permutations: Permutations) -> Mask:
 
     permutations: those that bring b to a, as :func:`dpkit.alignment.weight_matching` of the two *trained* networks returns them.
     Adnan et al. 2025, "Sparse Training from Random Initialization" (arXiv 2505.05143), who match activations in place of
-    weights. Each tensor keeps as many weights as before. Raises ``ValueError`` as :func:`permute` does.
+    weights. Each tensor keeps as many weights as before. Raises ``ValueError`` as :func:`permute` does, and on a mask that is
+    not boolean.
     """
+    for name, keep in mask.items():
+        if keep.dtype != torch.bool:
+            raise ValueError(f"the mask of network a must be boolean (True keeps a weight) to be moved to b, got {keep.dtype} "
+                             f"for {name!r}; compare it with 0")
     return permute(model, mask, inverse(permutations))
 
 

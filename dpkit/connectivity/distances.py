@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dpkit import models
+from dpkit.barriers import NotFinite
+from dpkit.connectivity.checks import check_networks
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Mask, Params
 
@@ -50,6 +52,9 @@ def distances(a: Params, b: Params, *, mask: Mask | None = None, names: Iterable
         if origin is not None:
             x, y = x - origin[name].double(), y - origin[name].double()
         if mask is not None and name in mask:
+            if mask[name].dtype != torch.bool:
+                raise ValueError(f"mask of {name} must be boolean (True keeps a weight of a and b), got {mask[name].dtype}; "
+                                 f"compare it with 0")
             if mask[name].shape != x.shape:
                 raise ValueError(f"mask of {name} is {tuple(mask[name].shape)}, the weight of a and b is {tuple(x.shape)}; "
                                  f"use their mask")
@@ -67,11 +72,20 @@ def distances(a: Params, b: Params, *, mask: Mask | None = None, names: Iterable
 def predict(model: ModelSpec, params: Params, buffers: Buffers, images: Tensor, chunk: int = 500) -> Tensor:
     """Class that a network in eval mode predicts for each image, (N,) int64.
 
-    images: (N, C, S, S) normalised float32.  chunk: images a forward pass. Raises ``ValueError`` without images.
+    images: (N, C, S, S) normalised float32.  chunk: images a forward pass. Raises ``ValueError`` without images, on a network
+    that is not of ``model`` or has NaN, and (:class:`dpkit.barriers.NotFinite`) when its logits overflow.
     """
     if len(images) == 0:
         raise ValueError("the evaluation set is empty; give at least one image")
-    return torch.cat([models.forward(model, params, buffers, x)[0].argmax(1) for x in images.split(chunk)])
+    check_networks(model, {"to predict with": {**params, **buffers}})
+    found = []
+    for x in images.split(chunk):
+        logits = models.forward(model, params, buffers, x)[0]
+        if not bool(torch.isfinite(logits).all()):
+            raise NotFinite("the network to predict with must have finite logits, got NaN or infinite ones; its weights are "
+                            "finite but too large for these images: pass a network that is trained, and normalised images")
+        found.append(logits.argmax(1))
+    return torch.cat(found)
 
 
 def disagreement(a: Tensor, b: Tensor) -> float:

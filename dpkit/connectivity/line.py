@@ -29,8 +29,9 @@ def path(spec: PathSpec, model: ModelSpec, a: Network, b: Network, images: Tenso
         over and only the others are evaluated. The result is that without ``known``, bit for bit on a CPU; on a GPU, where
         networks are evaluated several at a time, within rounding.
     Raises ``ValueError`` with one line when the networks differ in names or shapes, are not of ``model``, have NaN weights, do
-    not share mask or start where that is asked for, when the evaluation set is empty or its lengths differ, when statistics
-    images are missing, or when ``known`` cannot have been measured on as many images.
+    not share mask or start where that is asked for, when the evaluation set is empty or its lengths differ, when labels are no
+    classes of the model, when statistics images are missing, when ``known`` cannot have been measured on as many images, or
+    (:class:`dpkit.barriers.NotFinite`) when the logits of a network on the way overflow.
     """
     both = {"a": a, "b": b}
     masks_of, starts_of = (pair and dict(zip(both, pair, strict=True)) for pair in (masks, starts))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dpkit import models
-from dpkit.connectivity.checks import check_masks, check_networks, check_starts
+from dpkit.barriers import NotFinite
+from dpkit.connectivity.checks import check_networks
 from dpkit.connectivity.record import Path
 from dpkit.connectivity.repair import Place, Repair, corrects
 from dpkit.connectivity.spec import PathSpec
@@ -28,16 +29,11 @@ depend on how many others there are, and a path of 21 points would not contain t
 
 def check(model: ModelSpec, networks: Mapping[str, Network], images: Tensor, labels: Tensor,
           masks: Mapping[str, Mask] | None = None, starts: Mapping[str, Params] | None = None) -> None:
-    """Raise ``ValueError`` unless there are images, and ``networks`` (and masks, starts) may stand at the ends of paths."""
+    """Raise ``ValueError`` unless there are images with labels, and ``networks`` (masks, starts) may stand at ends of paths."""
     models.check_evaluation(images, labels)
+    models.check_labels(labels, model.classes)
     check_networks(model, {label: {**params, **buffers} for label, (params, buffers) in networks.items()})
-    for what, given in (("masks", masks), ("starts", starts)):
-        if given is not None and set(given) != set(networks):
-            raise ValueError(f"{what} must be given for networks {', '.join(networks)}, got {', '.join(given)}")
-    if masks is not None:
-        check_masks(masks, {label: params for label, (params, _) in networks.items()})
-    if starts is not None:
-        check_starts(starts)
+    models.check_shared({label: params for label, (params, _) in networks.items()}, masks, starts)
 
 
 def evaluator(spec: PathSpec, model: ModelSpec, networks: Mapping[str, Network], images: Tensor, labels: Tensor,
@@ -90,25 +86,35 @@ class Measured:
     def take(self, a: str, b: str, known: Path) -> None:
         """Take over the points of a path from ``a`` to ``b`` that was measured before.
 
-        Raises ``ValueError`` when an alpha lies outside of 0 to 1, a value is NaN, or an error is no count of so many images.
+        Raises ``ValueError`` when an alpha lies outside of 0 to 1, a value is not finite, or an error is no count of so many
+        images.
         """
         for alpha, error, loss in zip(known.alphas.tolist(), known.errors.tolist(), known.losses.tolist(), strict=True):
             wrong = error * self.images
             counted = math.isfinite(wrong) and abs(wrong - round(wrong)) < 1e-6
-            if not (0 <= alpha <= 1 and counted and not math.isnan(loss)):
+            if not (0 <= alpha <= 1 and counted and math.isfinite(loss)):
                 raise ValueError(f"known points between {a} and {b} must have alphas from 0 to 1, losses, and errors that are "
                                  f"shares of the {self.images} images here; got error {error:g} and loss {loss:g} at alpha "
                                  f"{alpha:g}; pass a path that was measured on these images, or none")
             self.values[_key((a, b, alpha))] = (error, loss)
 
     def __call__(self, places: list[Place]) -> tuple[Tensor, Tensor]:
-        """Errors and losses at ``places``: two float64 tensors."""
+        """Errors and losses at ``places``: two float64 tensors. Raises :class:`NotFinite` on a loss that is not.
+
+        Where logits are NaN every image counts as one of class 0: the error of such a network looks like any other.
+        """
         new: dict[Place, Place] = {}
         for place in places:
             if _key(place) not in self.values:
                 new.setdefault(_key(place), place)
         if new:
-            self.values.update(zip(new, zip(*(t.tolist() for t in self.evaluate(list(new.values()))), strict=True), strict=True))
+            measured = list(zip(*(t.tolist() for t in self.evaluate(list(new.values()))), strict=True))
+            for (a, b, alpha), (_, loss) in zip(new.values(), measured, strict=True):
+                if not math.isfinite(loss):
+                    raise NotFinite(f"losses on the way from network {a} to network {b} must be finite, got {loss:g} at alpha "
+                                    f"{alpha:g}; its weights are finite but its logits overflow: compare networks that are "
+                                    f"trained, on normalised images")
+            self.values.update(zip(new, measured, strict=True))
         found = [self.values[_key(place)] for place in places]
         errors, losses = torch.tensor(found, dtype=torch.float64).reshape(-1, 2).unbind(1)
         return errors.contiguous(), losses.contiguous()

@@ -32,6 +32,9 @@ def check_mask(mask: Mask | None, trees: Mapping[str, Params]) -> None:
                 has = f"is {tuple(tree[name].shape)} in it" if name in tree else "is not in it"
                 raise ValueError(f"{what} must fit the mask, but {name!r} is {tuple(keep.shape)} in the mask and {has}; "
                                  f"pass the mask that it was trained with")
+            if keep.dtype != torch.bool:
+                raise ValueError(f"the mask of {what} must be boolean (True keeps a weight), got {keep.dtype} for {name!r}; "
+                                 f"compare it with 0")
             extra = int(((tree[name] != 0) & ~keep.to(tree[name].device)).sum())
             if extra:
                 raise ValueError(f"{what} must be zero where the mask removes weights, but {name!r} has {extra} others there; "

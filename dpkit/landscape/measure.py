@@ -67,10 +67,14 @@ def grid(spec: MeasureSpec, model: ModelSpec, plane: Surface, buffers: Buffers, 
         the others are evaluated; on a CPU both give the same bits. All of R lines are among 2 R - 1 lines: 11, 21, 41. On
         squares and around networks all fractions i / (R - 1) that are equal meet; on planes only those are sure to.
     Raises ``ValueError`` with one line on an empty evaluation set, lengths that differ, missing statistics images, a
-    specification of another surface, networks of another model, or known points with other ends.
+    specification of another surface, networks or buffers of another model, buffers with NaN, labels that are no classes of the
+    model, or known points with other ends. Values that are not finite stay in the grid: far away losses may overflow.
     """
     x, y = plane.grid_lines(spec)
     check_model(model, plane.like, "the networks of the surface")
+    models.check_buffers(model, buffers, "the networks of the surface")
+    for label, own in zip("abcd", getattr(plane, "buffers", None) or (), strict=False):
+        models.check_buffers(model, own, f"network {label} of the square")
     evaluate = _evaluator(spec, model, images, labels, statistics_images, threads)
     there = plane.to(images.device)
     point = functools.partial(there.point, form=spec.form) if isinstance(spec, SquareSpec) else there.point
@@ -116,6 +120,7 @@ def profile(spec: ProfileSpec, model: ModelSpec, params: Params, buffers: Buffer
     if not directions:
         raise ValueError("a profile needs at least 1 direction, got none; draw some with random_directions")
     check_model(model, params, "the network")
+    models.check_buffers(model, buffers, "the network")
     models.check_same({"at the centre": params})
     for number, direction in enumerate(directions):
         check_direction(params, direction, f"direction {number}")
@@ -166,6 +171,8 @@ def _evaluator(spec: MeasureSpec, model: ModelSpec, images: Tensor, labels: Tens
     soft = labels.dim() != 1 or labels.is_floating_point()
     if soft:
         check_soft(labels, model.classes)
+    else:
+        models.check_labels(labels, model.classes)
     source = None
     if spec.statistics == "reestimate":
         source = models.statistics_source(model, statistics_images, spec.statistics_images)

@@ -159,17 +159,21 @@ def lines(low: Fraction, high: Fraction, count: int) -> Tensor:
     return torch.tensor([float(low + (high - low) * Fraction(i, count - 1)) for i in range(count)], dtype=torch.float64)
 
 
-def plane(a: Params, b: Params, c: Params, *, mask: Mask | None = None) -> Plane:
+def plane(a: Params, b: Params, c: Params, *, mask: Mask | None = None, masks: tuple[Mask, Mask, Mask] | None = None,
+          starts: tuple[Params, Params, Params] | None = None) -> Plane:
     """The plane through three networks, by Gram-Schmidt on b - a and c - a over all parameters (flat,
     float64).
 
     Garipov et al. 2018 (arXiv 1802.10026): u = (b - a) / |b - a|, v the part of c - a orthogonal to u, normalised; a point
     of the plane is a + x u + y v. Distances on the plane are Euclidean distances between weights.
-    mask: which all three must share; nothing is checked without one.
+    mask: which all three must share; nothing is checked without one.  masks: of each, where they must be the same.
+    starts: initial parameters of each, where they must be the same.
     Raises ``ValueError`` with one line when the networks differ in names or shapes, have NaN weights, have weights
-    that the mask removes, or lie on a line (equal networks included) within the rounding of float32.
+    that the mask removes, do not share mask or start where that is asked for, or lie on a line (equal networks included) within
+    the rounding of float32.
     """
     models.check_same({"a": a, "b": b, "c": c})
+    _check_shared({"a": a, "b": b, "c": c}, masks, starts)
     check_mask(mask, {"network a": a, "network b": b, "network c": c})
     origin, first, second = (flatten(tree, list(a)).double() for tree in (a, b, c))
     along, across = first - origin, second - origin
@@ -192,15 +196,18 @@ def plane(a: Params, b: Params, c: Params, *, mask: Mask | None = None) -> Plane
 
 
 def square(a: Params, b: Params, c: Params, d: Params, *, buffers: tuple[Buffers, ...] | None = None,
-           mask: Mask | None = None) -> Square:
+           mask: Mask | None = None, masks: tuple[Mask, ...] | None = None,
+           starts: tuple[Params, ...] | None = None) -> Square:
     """The square with networks a, b, c and d at (0, 0), (1, 0), (0, 1) and (1, 1); see :meth:`Square.weights`.
 
     buffers: of the four, in the same order, for ``statistics == "interpolate"``.  mask: which all four must share.
+    masks, starts: of each, where they must be the same.
     Raises ``ValueError`` with one line when the networks differ in names or shapes, have NaN weights, have weights that the
-    mask removes, or when two of them are equal.
+    mask removes, do not share mask or start where that is asked for, or when two of them are equal.
     """
     named = dict(zip("abcd", (a, b, c, d), strict=True))
     models.check_same(named)
+    _check_shared(named, masks, starts)
     check_mask(mask, {f"network {label}": params for label, params in named.items()})
     if buffers is not None:
         if len(buffers) != 4:
@@ -281,6 +288,13 @@ def project(plane: Plane | Around, networks: Iterable[Params]) -> Projection:
         relative.append(min(rest / away, 1.0) if away else 0.0)
     found = torch.stack(positions) if positions else torch.zeros(0, 2, dtype=torch.float64)
     return Projection(found, *(torch.tensor(values, dtype=torch.float64) for values in (outside, relative)))
+
+
+def _check_shared(networks: dict[str, Params], masks: tuple[Mask, ...] | None, starts: tuple[Params, ...] | None) -> None:
+    for what, given in (("masks", masks), ("starts", starts)):
+        if given is not None and len(given) != len(networks):
+            raise ValueError(f"{what} must be given for networks {', '.join(networks)}, one each in this order, got {len(given)}")
+    models.check_shared(networks, *(given and dict(zip(networks, given, strict=True)) for given in (masks, starts)))
 
 
 def _kind(what: str, spec: MeasureSpec, kind: type) -> MeasureSpec:

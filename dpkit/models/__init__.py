@@ -15,9 +15,11 @@ from dpkit.models.network import (
     statistics,
 )
 from dpkit.models.reestimation import reestimate, statistics_source
+from dpkit.models.sharing import check_buffers, check_labels, check_masks, check_shared, check_starts
 from dpkit.models.spec import ARCHITECTURES, ModelSpec
 from dpkit.models.work import LayerWork, Work, attention_work, forward_work, layer_work
 
-__all__ = ["ARCHITECTURES", "LayerWork", "ModelSpec", "Work", "attention_work", "check_evaluation", "check_same",
-           "classifier_name", "count_prunable", "features", "forward", "forward_work", "init", "layer_work", "prunable",
-           "reestimate", "spread", "statistics", "statistics_source"]
+__all__ = ["ARCHITECTURES", "LayerWork", "ModelSpec", "Work", "attention_work", "check_buffers", "check_evaluation",
+           "check_labels", "check_masks", "check_same", "check_shared", "check_starts", "classifier_name", "count_prunable",
+           "features", "forward", "forward_work", "init", "layer_work", "prunable", "reestimate", "spread", "statistics",
+           "statistics_source"]
