@@ -156,7 +156,8 @@ def test_buffers_of_a_landscape_are_checked(statistics):
                       (broken, "the networks of the surface must have finite buffers, but 'norm1.running_var' has NaN")):
         one_line(lambda bad=bad: landscape.grid(spec, BATCH, flat, bad, images, labels, images), said)
     lines = ProfileSpec(points=3)
-    one_line(lambda: landscape.profile(lines, BATCH, networks[0][0], {}, [networks[1][0]], images, labels, images), "the network must have the buffers of convnet3")
+    one_line(lambda: landscape.profile(lines, BATCH, networks[0][0], {}, [networks[1][0]], images, labels, images),
+             "the network must have the buffers of convnet3")
     square = landscape.square(*(params for params, _ in networks), buffers=({},) * 4)
     one_line(lambda: landscape.grid(SquareSpec(resolution=2, statistics="interpolate"), BATCH, square, buffers, images, labels),
              "network a of the square must have the buffers of convnet3 with batch norm")

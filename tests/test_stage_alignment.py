@@ -5,10 +5,11 @@ import pytest
 import torch
 from small_study import plan
 
-from dpkit import alignment, connectivity, tree
+from dpkit import alignment, connectivity, data, models, tree
+from dpkit.data import normalise
 from dpkit.models import ModelSpec
 from dpkit.stages import Context, closure, compute
-from dpkit.stages.connect import measure_alignment
+from dpkit.stages.connect import measure_alignment, measure_path
 from dpkit.stages.make import network_of
 
 
@@ -67,6 +68,70 @@ def test_a_permuted_copy_is_brought_back(done):
     assert found.result["aligned_barrier"] == pytest.approx(0)
     assert found.result["disagreement"] == 0
     assert found.result["sparsity_between"] == 0
+
+
+def test_distances_by_layer_and_churn_are_kept(done):
+    store, made = done
+    for arm in ("dense", "imp"):
+        unit = entry(made, arm).unit
+        found, model = store.get(unit.key), ModelSpec(**unit.spec["model"])
+        (a, _), (b, _) = pair = [network_of(store.get(unit.parents[name].key)) for name in "ab"]
+        layers = models.prunable(model)
+        assert found.result["layers"] == list(layers)
+        for i, name in enumerate(layers):
+            assert float(found.tensors["l2"][i]) == pytest.approx(float((a[name].double() - b[name].double()).norm()))
+            assert int(found.tensors["sizes"][i]) == a[name].numel()
+        assert float(found.tensors["l2"][-1]) == found.result["l2"]
+        assert float(found.tensors["cosine"][-1]) == found.result["cosine"]
+        order = found.group("order")
+        matched = alignment.permute(model, b, order)
+        assert found.result["aligned_l2"] == pytest.approx(float(connectivity.distances(a, matched).l2[-1]))
+        data_ = data.load(made.study.data)
+        images = normalise(data_.test.images, data_.mean, data_.std)
+        said = [models.forward(model, *network, images)[0].argmax(1) for network in pair]
+        right = [s == data_.test.labels for s in said]
+        assert found.result["churn_gains"] == pytest.approx(float((~right[0] & right[1]).double().mean()))
+        assert found.result["churn_losses"] == pytest.approx(float((right[0] & ~right[1]).double().mean()))
+        assert found.result["disagreement"] == pytest.approx(float((said[0] != said[1]).double().mean()))
+        assert found.result["churn_needless"] == pytest.approx(
+            found.result["disagreement"] - abs(found.result["churn_gains"] - found.result["churn_losses"]))
+
+
+def test_a_network_that_overflows_is_a_row_without_a_result(done):
+    store, made = done
+    unit = entry(made, "dense").unit
+    params, buffers = network_of(store.get(unit.parents["b"].key))
+    params = {n: t * {"classifier.weight": 1e38, "norm2.weight": 1e6}.get(n, 1) for n, t in params.items()}
+    assert all(bool(torch.isfinite(t).all()) for t in params.values())
+
+    class Overflowing:
+        failed = None
+
+        def group(self, name):
+            return {"params": params, "buffers": buffers}[name]
+
+    parents = {"a": store.get(unit.parents["a"].key), "b": Overflowing()}
+    for stage in (measure_path, measure_alignment):
+        found = stage(Context(store), unit, parents)
+        assert found.tensors == found.result == {}
+        assert "must" in found.failed
+        assert "finite" in found.failed
+
+
+def test_children_of_one_ticket_are_checked_against_its_mask(done):
+    store, made = done
+    unit = next(e for e in made.connectivity() if e.place["arm"] == "imp").unit
+    first = store.get(unit.parents["a"].key)
+    params, buffers = network_of(first)
+
+    class Grown:
+        failed = None
+
+        def group(self, name):
+            return {"params": {n: t + 1 for n, t in params.items()}, "buffers": buffers}[name]
+
+    with pytest.raises(ValueError, match="network b must be zero where its mask removes weights"):
+        measure_path(Context(store), unit, {"a": first, "b": Grown()})
 
 
 def test_its_parents_are_both_children_and_their_ticket():

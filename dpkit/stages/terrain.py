@@ -9,7 +9,7 @@ from dpkit import landscape, tree
 from dpkit.data import Split, normalise
 from dpkit.landscape import AroundSpec, Grid, MeasureSpec, PlaneSpec, Profile, ProfileSpec, SquareSpec
 from dpkit.models import ModelSpec
-from dpkit.stages.connect import nested, on_device, refined, shown, stored
+from dpkit.stages.connect import children_of, nested, on_device, refined, shown, stored
 from dpkit.stages.make import network_of
 from dpkit.stages.sets import read_set
 from dpkit.stages.unit import Context, Output, Unit, stage
@@ -30,7 +30,7 @@ def _evaluation(context: Context, unit: Unit, spec: MeasureSpec, parents: Mappin
 
 def _known(context: Context, unit: Unit, group: str, field: str = "resolution") -> Artifact | None:
     counts = nested(unit.spec[group][field], least=2)
-    return stored(context, unit, group, [n for n in counts if group != "profile" or n % 2], field)
+    return stored(context, unit, group, [{**unit.spec[group], field: n} for n in counts if group != "profile" or n % 2])
 
 
 def _grid(context: Context, unit: Unit, parents: Mapping[str, Artifact], group: str, kind: type[MeasureSpec],
@@ -52,7 +52,7 @@ def measure_plane(context: Context, unit: Unit, parents: Mapping[str, Artifact])
     Tensors: x (R,), y (R,), errors and losses (R, R), corners (3, 2).
     """
     networks = [on_device(context.device, parents[name]) for name in "abc"]
-    flat = landscape.plane(*(params for params, _ in networks))
+    flat = landscape.plane(*(params for params, _ in networks), **children_of(context, unit, "abc"))
     return _grid(context, unit, parents, "plane", PlaneSpec, flat, networks[0][1])
 
 
@@ -63,7 +63,8 @@ def measure_square(context: Context, unit: Unit, parents: Mapping[str, Artifact]
     Result: off, how far from a parallelogram the four are, in sides.
     """
     networks = [on_device(context.device, parents[name]) for name in "abcd"]
-    surface = landscape.square(*(params for params, _ in networks), buffers=tuple(buffers for _, buffers in networks))
+    surface = landscape.square(*(params for params, _ in networks), buffers=tuple(buffers for _, buffers in networks),
+                               **children_of(context, unit, "abcd"))
     found = _grid(context, unit, parents, "square", SquareSpec, surface, networks[0][1])
     return Output(found.tensors, {**found.result, "off": surface.twist})
 
