@@ -302,7 +302,12 @@ def test_vectors_of_another_length_are_refused():
 
 
 @pytest.mark.parametrize("field, value", [("images", 0), ("probes", 1), ("lanczos_steps", 0), ("target", 1.0),
-                                          ("scope", "layers"), ("dtype", "float16"), ("minimum", 1)])
+                                          ("scope", "layers"), ("dtype", "float16"), ("most", 31)])
 def test_spec_refuses(field, value):
     with pytest.raises(ValueError, match=f"{field} must"):
         HessianSpec(**{field: value})
+
+
+def test_a_target_is_not_for_rounded_products():
+    with pytest.raises(ValueError, match="target needs precision fp32, got bf16; leave one of them out"):
+        HessianSpec(target=0.1, precision="bf16")

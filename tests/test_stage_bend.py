@@ -84,6 +84,61 @@ def test_a_spectrum_is_that_of_the_dense_matrix(done):
     assert abs(result["gn_trace"] - float(newton.trace())) <= 6 * result["gn_trace_error"]
 
 
+def test_results_say_what_they_are_of(done):
+    store, made = done
+    _, _, op = at(store, made, "hessian", 2)
+    usual = op.about
+    assert usual == {"matrix": "hessian", "mode": "eval", "batch_statistics": "none", "pruned_entries": "left out", "images": 20,
+                     "size": op.size, "dtype": "float32"}
+    all_of_them = made.counts[0]
+    for part, number, changes in (
+            ("hessian", 2, {}), ("edge", 0, {}), ("removed", 0, {"size": all_of_them, "pruned_entries": "none"}),
+            ("diagonals", 0, {"size": all_of_them, "pruned_entries": "included", "mode": "train", "images": 64})):
+        assert store.get(getattr(made, part)()[number].unit.key).result["about"] == usual | changes, part
+    by_matrix = store.get(made.spectra()[0].unit.key).result["about"]
+    assert by_matrix == {matrix: usual | {"matrix": matrix} for matrix in ("hessian", "gauss_newton", "empirical_fisher")}
+
+
+def made_with(store, part, **changes):
+    """The first unit of a part with other settings, computed."""
+    unit = getattr(plan(**SETTINGS | changes), part)()[0].unit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "SMALL", float("inf"))
+        assert not compute(store, [unit], device="cpu").errors
+    return unit, store.get(unit.key).result
+
+
+def test_a_trace_to_a_target(done):
+    """The probes that the target asks for, from the specification to the result; the diagonal has its own."""
+    store, made = done
+    _, plain, op = at(store, made, "hessian", dtype=torch.float64)
+    truth = float(dense(op).trace())
+    unit, found = made_with(store, "hessian", trace_target=0.08)
+    assert unit.spec["hessian"]["target"] == 0.08
+    assert unit.key != made.hessian()[0].unit.key
+    assert found["trace_reached"] is True
+    assert found["trace_probes"] >= 16
+    assert 0 < found["trace_error"] <= 0.08 * abs(found["trace"]) * 1.2  # the target is a share of the pilot's mean
+    assert abs(found["trace"] - truth) <= 4 * found["trace_error"]
+    assert found["products"] == plain.result["products"] + 16 + found["trace_probes"]
+    assert found["diagonal_error"] == plain.result["diagonal_error"]
+    assert "trace_probes" not in plain.result
+    again = Operator.from_spec(HessianSpec(**unit.spec["hessian"]), op.model, *fixed(store, made, unit))
+    direct = hessian.to_error(again, 0.08, 1000, tree.generator_for(unit.spec["seed"], "target")).estimate
+    assert found["trace"] == pytest.approx(direct.value, rel=1e-5)
+    with pytest.raises(ValueError, match=r"trace_target must lie in \[0, 1\), got 1"):
+        plan(**SETTINGS | {"trace_target": 1.0})
+
+
+def fixed(store, made, unit):
+    """Network, images, labels and mask of a unit that is measured on the fixed images."""
+    dataset = data.load(made.study.data)
+    chosen = hessian.subset(dataset.train.labels, 20)
+    images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
+    return (*network_of(store.get(unit.parents["network"].key)), images, dataset.train.labels[chosen],
+            store.get(unit.parents["ticket"].key).group("mask"))
+
+
 def test_sharpness_is_measured_on_the_same_images(done):
     store, made = done
     unit, found, op = at(store, made, "sharpness", 2)
@@ -119,15 +174,32 @@ def test_the_published_diagonal_by_hand(done):
 def test_the_published_diagonal_by_probes(done):
     store, made = done
     exact = store.get(made.diagonals()[0].unit.key).result
-    unit = plan(**SETTINGS | {"diagonal_limit": 0, "diagonal_probes": 400}).diagonals()[0].unit
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "SMALL", float("inf"))
-        assert not compute(store, [unit], device="cpu").errors
-    found = store.get(unit.key).result
+    _, found = made_with(store, "diagonals", diagonal_limit=0, diagonal_probes=400)
     assert found["exact"] is False
     for name in ("published_mean", "published_surviving", "published_loose"):
         assert 0 < found[f"{name}_error"] < abs(exact[name])
         assert abs(found[name] - exact[name]) < 4 * found[f"{name}_error"]
+
+
+def test_surviving_entries_are_exact_where_they_are_few(done):
+    """More entries than the limit and fewer survivors: these are exact, and with them both means that need no others."""
+    store, made = done
+    whole = store.get(made.diagonals()[0].unit.key)
+    exact, surviving = whole.result, whole.result["surviving"]
+    assert exact["exact_loose"] is True
+    unit, found = made_with(store, "diagonals", diagonal_limit=surviving, diagonal_probes=400)
+    assert (found["exact"], found["exact_loose"], found["products"]) == (True, False, surviving + 400)
+    for name in ("published_mean", "published_surviving"):
+        assert found[name] == pytest.approx(exact[name], rel=1e-4)
+        assert found[f"{name}_error"] == 0
+    assert 0 < found["published_loose_error"] < abs(exact["published_loose"])
+    assert abs(found["published_loose"] - exact["published_loose"]) < 4 * found["published_loose_error"]
+    tensors = store.get(unit.key).tensors
+    survives = tensors["survives"]
+    assert not tensors["errors"][survives].any()
+    assert bool((tensors["errors"][~survives] > 0).any())
+    torch.testing.assert_close(tensors["values"][survives], whole.tensors["values"][survives], rtol=1e-3, atol=1e-6)
+    assert made_with(store, "diagonals", diagonal_limit=surviving - 1, diagonal_probes=10)[1]["exact"] is False
 
 
 def test_what_masks_remove_from_the_dense_network(done):
@@ -189,10 +261,40 @@ def test_a_network_without_curvature_is_a_row_without_a_result(done):
                     for n, t in self.of.group(name).items()}
 
     parents = {"network": Collapsed(parents["network"], 0.0), "ticket": Collapsed(parents["ticket"], False)}
-    for function, at in ((bend.measure_spectrum, unit), (bend.measure_sharpness, made.sharpness()[2].unit)):
+    for function, at in ((bend.measure_spectrum, unit), (bend.measure_sharpness, made.sharpness()[2].unit),
+                         (bend.measure_hessian, made.hessian()[2].unit)):
         found = function(Context(store), at, parents)
         assert found.failed
         assert "\n" not in found.failed
+    whole = parents["ticket"].of.group("mask")
+    parents["ticket"] = type("Whole", (), {"group": lambda self, name: {n: torch.ones_like(t) for n, t in whole.items()}})()
+    found = bend.measure_hessian(Context(store), made.hessian()[2].unit, parents)
+    assert "trace" in found.result  # a classifier of zeros still bends along its own weights
+
+
+def test_a_network_cut_through_has_no_curvature_to_rank(done):
+    """Nothing gets from the first layer to the next: its weights do not matter, and 0 would make it the flattest of all."""
+    store, made = done
+    unit = made.hessian()[2].unit
+    parents = {role: store.get(parent.key) for role, parent in unit.parents.items()}
+
+    class Cut:
+        """The network without its second layer and its classifier's weights, or the mask that says so."""
+
+        result = parents["network"].result
+
+        def __init__(self, of):
+            self.of = of
+
+        def group(self, name):
+            found = self.of.group(name)
+            cut = [n for n in found if n in ("conv1.weight", "classifier.weight")] if name != "buffers" else []
+            return {n: torch.zeros_like(t) if n in cut else t for n, t in found.items()}
+
+    found = bend.measure_hessian(Context(store), unit, {role: Cut(parent) for role, parent in parents.items()})
+    assert found.failed == "no curvature above rounding"
+    assert found.result["surviving"] > 0
+    assert "trace" not in found.result
 
 
 def test_the_edge_along_a_training(done):
@@ -200,12 +302,32 @@ def test_the_edge_along_a_training(done):
     found = store.get(made.edge()[0].unit.key)
     study = made.study
     total = study.train.steps(made.identity["train"])
-    assert found.tensors["steps"].tolist() == [0, 5, 10]
-    expected = [study.train.learning_rate(min(s, total - 1), total) for s in (0, 5, 10)]
+    # even steps, powers of 3 within the first of two epochs of five steps, and the first of the highest learning rate
+    assert total == 10
+    peak = max(range(total), key=lambda s: study.train.learning_rate(s, total))
+    steps = sorted({0, 5, 10, 1, 3, peak})
+    assert found.tensors["steps"].tolist() == steps
+    expected = [study.train.learning_rate(min(s, total - 1), total) for s in steps]
     assert found.tensors["lr"].tolist() == pytest.approx(expected)
     ratios = [(top + 5e-4) * lr / (2 * 1.9) for top, lr in zip(found.tensors["top"].tolist(), expected, strict=True)]
     assert found.tensors["ratio"].tolist() == pytest.approx(ratios)
     assert found.result["edge_highest"] == pytest.approx(max(ratios[:-1]))
+
+
+def test_the_highest_learning_rate_is_watched():
+    """One cycle: the rate is highest after a warm-up, between even steps; what `ltr` trains starts late."""
+    made = plan(**SETTINGS | {"schedule": "onecycle", "arms": ("imp", "ltr"), "edge_arms": ("dense", "ltr"), "epochs": 40})
+    train, count = made.study.train, made.identity["train"]
+    total, epoch = train.steps(count), train.steps_per_epoch(count)
+    for entry in made.edge():
+        network = entry.unit.parents["network"].spec
+        first, steps = network["first_step"], network["snapshots"]
+        assert first == (0 if entry.place["arm"] == "dense" else made.rewind_step)
+        peak = max(range(first, total), key=lambda s: train.learning_rate(s, total))
+        assert peak in steps
+        assert [s - first for s in steps if s < first + epoch] == [0, *(3**k for k in range(9) if 3**k < epoch)]
+        assert {first, first + (total - first + 1) // 2, total} <= set(steps)
+        assert steps == sorted(set(steps))
 
 
 def test_bad_settings_are_named():

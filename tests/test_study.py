@@ -280,7 +280,7 @@ def test_a_fresh_record_is_not_stale(study, record):
 
 @pytest.mark.parametrize(("place", "value", "reason"), [
     (("notebooks", "03-tickets"), "0" * 64, "notebook 03-tickets has changed since"),
-    (("stages", "hessian"), 0, "stage hessian is now version 1, recorded with 0"),
+    (("stages", "hessian"), 0, "stage hessian is now version 2, recorded with 0"),
     (("settings", "epochs"), 3, "epochs of profile smoke is now 2, recorded with 3")])
 def test_a_record_is_stale_when_something_behind_it_changed(study, record, place, value, reason):
     change(record, *place, value=value)

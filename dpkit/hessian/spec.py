@@ -22,8 +22,10 @@ class HessianSpec(Spec):
     lanczos_steps  products spent on the top eigenvalue (at least 1, at most the number of surviving weights)
     scope          "weights": the prunable weights; "all": biases and norm parameters too
     dtype          "float32" or "float64"
-    target         stop the trace early at this relative standard error; 0 spends all probes
-    minimum        no early stop before this many probes (at least 2)
+    target         relative standard error wanted of the trace, in [0, 1): a pilot decides how many fresh probes it takes
+                   (:func:`dpkit.hessian.stopping.to_error`), and the diagonal keeps its ``probes``; 0: those serve both. Not with
+                   precision bf16
+    most           products that a target may cost at most (at least 32, a pilot and as many probes); unused without one
     matrix         "hessian", "gauss_newton" (the Fisher matrix) or "empirical_fisher": :mod:`dpkit.hessian.matrices`
     mode           "eval": running statistics; "train": BatchNorm takes those of the images, as one batch
     include_pruned rows and columns for pruned entries too, as if the network could move along them
@@ -39,7 +41,7 @@ class HessianSpec(Spec):
     scope: str = "weights"
     dtype: str = "float32"
     target: float = 0.0
-    minimum: int = 10
+    most: int = 1000
     matrix: str = later("hessian", before="hessian")
     mode: str = later("eval", before="eval")
     include_pruned: bool = later(False, before=False)
@@ -57,7 +59,9 @@ class HessianSpec(Spec):
         self.require(self.precision == "fp32" or self.dtype == "float32",
                      f"precision bf16 rounds products of dtype float32, got dtype {self.dtype}; leave one of them out")
         self.between("target", 0.0, 1.0, open_high=True)
-        self.require(self.minimum >= 2, f"minimum must be >= 2 to give an error bar, got {self.minimum}")
+        self.require(self.target == 0 or self.precision == "fp32",
+                     f"target needs precision fp32, got {self.precision}; leave one of them out")
+        self.require(self.most >= 32, f"most must be >= 32 products (a pilot and as many probes), got {self.most}")
 
     @classmethod
     def published(cls, **changes) -> Self:

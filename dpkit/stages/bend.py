@@ -45,6 +45,11 @@ def _named(**found: Estimate) -> dict[str, float]:
             for end, field in (("", "value"), ("_error", "standard_error"))}
 
 
+def _flat(op: Operator, products: int) -> Output:
+    """No result: the network does not depend on its weights, and a curvature of 0 would make it the flattest of all."""
+    return Output({}, {"surviving": op.size, "products": products, "about": op.about}, failed="no curvature above rounding")
+
+
 def _as_failure(function):
     """A network on which a measure is not defined (a collapsed one, say) is a row without a result and stops no chapter."""
     @wraps(function)
@@ -57,9 +62,14 @@ def _as_failure(function):
     return measured
 
 
-@stage("hessian", 1)
+@stage("hessian", 2)
+@_as_failure
 def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
-    """Trace, diagonal and top eigenvalue at a trained network, on surviving weights. Result: values and standard errors."""
+    """Trace, diagonal and top eigenvalue at a trained network, on surviving weights.
+
+    Result: values and standard errors; with a ``target``, also trace_probes and whether it was reached; about, what matrix, mode
+    and images they are of (:attr:`dpkit.hessian.Operator.about`).
+    """
     spec, model = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"])
     images, labels = _fixed(context, unit, spec.images, parents)
     network, mask = on_device(context.device, parents["network"]), _mask(context, parents)
@@ -68,14 +78,21 @@ def measure_hessian(context: Context, unit: Unit, parents: Mapping[str, Artifact
     trace, diagonal = how.trace_and_diagonal(op, spec.probes, tree.generator_for(unit.spec["seed"], "probes"))
     steps = min(spec.lanczos_steps, op.size)
     top = how.top_eigenvalue(op, steps, tree.generator_for(unit.spec["seed"], "lanczos"))
-    values = diagonal.values.double()
+    values, products = diagonal.values.double(), trace.products + top.products
+    if max(abs(top.value), float(values.abs().max())) < FLAT:
+        return _flat(op, products)
+    targeted = {}
+    if spec.target > 0:
+        found = hessian.to_error(op, spec.target, spec.most, tree.generator_for(unit.spec["seed"], "target"))
+        trace, products = found.estimate, products + found.estimate.products
+        targeted = {"trace_probes": trace.samples, "trace_reached": found.reached}
     negative = float((values < -2 * diagonal.standard_errors.double()).double().mean())
     return Output({"diagonal": diagonal.values.float(), "diagonal_error": diagonal.standard_errors.float()},
                   {"trace": trace.value, "trace_error": trace.standard_error, "top_eigenvalue": top.value,
                    "top_eigenvalue_error": top.standard_error, "surviving": op.size,
                    "trace_per_weight": trace.value / op.size, "diagonal_negative": negative,
                    "diagonal_error": float(torch.sqrt((diagonal.standard_errors.double() ** 2).mean())),
-                   "products": trace.products + top.products})
+                   "products": products, **targeted, "about": op.about})
 
 
 @stage("sharpness", 1)
@@ -98,33 +115,39 @@ def measure_sharpness(context: Context, unit: Unit, parents: Mapping[str, Artifa
                        "loss": loss.loss})
 
 
-def _operators(context: Context, unit: Unit, parents: Mapping[str, Artifact], count: int, dtype: str,
-               products: int) -> Callable[[str], Operator]:
+def _operators(context: Context, unit: Unit, parents: Mapping[str, Artifact], count: int, dtype: str, products: int,
+               about: dict[str, Any]) -> Callable[[str], Operator]:
+    """The operator of each matrix by its name; ``about`` is filled with what each is of."""
     model = ModelSpec(**unit.spec["model"])
     images, labels = _fixed(context, unit, count, parents)
     network, mask = on_device(context.device, parents["network"]), _mask(context, parents)
 
     def operator(matrix: str) -> Operator:
-        return Operator(model, *network, images, labels, mask=mask, dtype=getattr(torch, dtype), matrix=matrix, compile="auto",
-                        products=products)
+        op = Operator(model, *network, images, labels, mask=mask, dtype=getattr(torch, dtype), matrix=matrix, compile="auto",
+                      products=products)
+        about[matrix] = op.about
+        return op
 
     return operator
 
 
-@stage("spectrum", 1)
+@stage("spectrum", 2)
 @_as_failure
 def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """The whole spectrum at a trained network, on surviving weights.
 
     Tensors: eigenvalues and residuals (k,), of largest size first; nodes and weights (p, m) of the density's rules, the last
     ``known`` columns exact eigenvalues; grid, curve and curve_error (g,), that density per unit of eigenvalue. Result: numbers
-    with standard errors (``_error``); negative_low and negative_high, bounds of the share of negative eigenvalues; products.
+    with standard errors (``_error``); negative_low and negative_high, bounds of the share of negative eigenvalues; products;
+    about, by matrix.
     """
-    spec = SpectrumSpec(**unit.spec["spectrum"])
-    operator = _operators(context, unit, parents, spec.images, spec.dtype, spec.pair_products + spec.probes * spec.steps)
+    spec, about = SpectrumSpec(**unit.spec["spectrum"]), {}
+    products = spec.pair_products + spec.probes * spec.steps
+    operator = _operators(context, unit, parents, spec.images, spec.dtype, products, about)
     found = spectrum(spec, operator, tree.generator_for(unit.spec["seed"], "spectrum"))
     if float(found.pairs.values.abs().max()) < FLAT:
-        return Output({}, {"size": found.size, "products": found.products}, failed="no curvature above rounding")
+        return Output({}, {"size": found.size, "products": found.products, "about": about},
+                      failed="no curvature above rounding")
     grid, values, errors = curve(found.density)
     top, lowest = int(found.pairs.values.argmax()), found.density.nodes[found.density.weights > 0].min()
     model = ModelSpec(**unit.spec["model"])
@@ -140,18 +163,19 @@ def measure_spectrum(context: Context, unit: Unit, parents: Mapping[str, Artifac
                             negative_fraction=found.negative.fraction, rank_entropy=found.rank.entropy,
                             rank_participation=found.rank.participation, gn_trace=found.gauss_newton,
                             gn_top=found.gauss_newton_top, fisher_trace=found.fisher),
-                   "negative_low": found.negative.low.value, "negative_high": found.negative.high.value})
+                   "negative_low": found.negative.low.value, "negative_high": found.negative.high.value, "about": about})
 
 
-@stage("diagonal", 1)
+@stage("diagonal", 2)
 @_as_failure
 def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """The published protocol: the diagonal on one augmented batch of 64, in train mode, pruned entries counted.
 
-    The batch is augmented as in training on real data. Exact where there are at most ``limit`` entries, else by probes. CutMix is
-    left out, as its mixed labels are not a class. Tensors: values and errors (n,), survives (n,) bool. Result, with standard
-    errors: published_mean, over all entries with those of pruned weights as 0, which they are where the mask is part of the
-    function; published_surviving, over the surviving ones; published_loose, over all, pruned ones as if let loose.
+    The batch is augmented as in training on real data. Exact where there are at most ``limit`` entries, or that many surviving
+    ones: then those alone, and the pruned ones by probes; else all by probes. CutMix is left out, as its mixed labels are not a
+    class. Tensors: values and errors (n,), survives (n,) bool. Result, with standard errors: published_mean, over all entries
+    with those of pruned weights as 0, which they are where the mask is part of the function; published_surviving, over the
+    surviving ones; exact, whether these two are; published_loose, over all, pruned ones as if let loose; exact_loose; about.
     """
     spec, model, dataset = HessianSpec(**unit.spec["hessian"]), ModelSpec(**unit.spec["model"]), context.dataset(unit.data)
     seed = unit.spec["seed"]
@@ -164,22 +188,30 @@ def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifac
     survives = torch.ones(op.size, dtype=torch.bool)
     if mask is not None:
         survives = op.flatten({name: mask[name] for name in op.names}).cpu()
-    exact, surviving = op.size <= unit.spec["limit"], int(survives.sum())
-    if exact:
-        found = hessian.exact_diagonal(op, limit=unit.spec["limit"])
-        sums = [Estimate(float(values.sum()), 0.0, op.size) for values in (found.values, found.values[survives])]
-    else:
-        groups = torch.stack([torch.ones_like(survives), survives])
+    limit, surviving = unit.spec["limit"], int(survives.sum())
+    exact, all_exact, products = surviving <= limit, op.size <= limit, 0
+    values, errors = torch.zeros(2, op.size, dtype=torch.float64)
+    if not all_exact:
+        # The error of a sum is that of the probes' own sums, so each group that is sampled has one.
+        groups = torch.stack([torch.ones_like(survives), survives, ~survives])
         sums, found = hessian.diagonal_and_sums(op, groups, spec.probes, tree.generator_for(seed, "probes"))
-    means = {"published_mean": (sums[1], op.size), "published_surviving": (sums[1], surviving),
-             "published_loose": (sums[0], op.size)}
+        (loose, kept, gone), values, errors, products = sums, found.values.clone(), found.standard_errors.clone(), found.products
+    if exact:
+        places = torch.arange(op.size) if all_exact else survives.nonzero().squeeze(1)
+        values[places], errors[places] = hessian.exact_diagonal(op, limit=limit, entries=places).values, 0.0
+        products += len(places)
+        kept = Estimate(float(values[survives].sum()), 0.0, len(places))
+        loose = (Estimate(float(values.sum()), 0.0, len(places)) if all_exact else
+                 Estimate(kept.value + gone.value, gone.standard_error, products))
+    means = {"published_mean": (kept, op.size), "published_surviving": (kept, surviving), "published_loose": (loose, op.size)}
     result = _named(**{name: Estimate(total.value / size, total.standard_error / size, total.products)
                        for name, (total, size) in means.items()})
-    return Output({"values": found.values.float(), "errors": found.standard_errors.float(), "survives": survives},
-                  {"exact": exact, **result, "size": op.size, "surviving": surviving, "products": found.products})
+    return Output({"values": values.float(), "errors": errors.float(), "survives": survives},
+                  {"exact": exact, "exact_loose": all_exact, **result, "size": op.size, "surviving": surviving,
+                   "products": products, "about": op.about})
 
 
-@stage("removed", 1, tolerant=True)
+@stage("removed", 2, tolerant=True)
 @_as_failure
 def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """Curvature of the weights that each arm's mask removes from the dense trained network, and overlap with its top eigenspace.
@@ -187,7 +219,7 @@ def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact
     On real training images, or on the small set ``images``. Arms whose ticket has no result are left out. Tensors over A arms:
     see :class:`dpkit.hessian.sparse.Removed` (removed, kept, all, chance, excess and their ``_error``), ``score``; overlap, with
     what random masks give, overlap_layerwise and overlap_uniform, and overlap_score; rise, of the loss when the removed weights
-    are set to 0, and rise_random (A, draws), of random masks. eigenvalues and residuals (k,). Result: the arms.
+    are set to 0, and rise_random (A, draws), of random masks. eigenvalues and residuals (k,). Result: the arms; about.
     """
     for role, word in (("network", "the dense network"), ("images", "the small set")):
         if role in unit.parents and role not in parents:
@@ -219,16 +251,17 @@ def measure_removed(context: Context, unit: Unit, parents: Mapping[str, Artifact
             columns.setdefault(name, []).append(value)
     tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in columns.items()}
     tensors["rise_random"] = torch.stack([found[arm].move.random[:, 3] for arm in arms])
-    return Output(tensors | {"eigenvalues": values, "residuals": residuals}, {"arms": arms, "images": len(images)})
+    return Output(tensors | {"eigenvalues": values, "residuals": residuals},
+                  {"arms": arms, "images": len(images), "about": op.about})
 
 
-@stage("edge", 1)
+@stage("edge", 2)
 @_as_failure
 def measure_edge(context: Context, unit: Unit, parents: Mapping[str, Artifact]) -> Output:
     """The Hessian's top eigenvalue along a training, and how close to the edge of stability it is (Cohen et al. 2021).
 
     Tensors: steps, epochs, top, top_error (a residual), lr of the next step, ratio (S,). Result: the highest ratio before the
-    end, and that at the end.
+    end, and that at the end; about.
     """
     spec, model, train = (kind(**unit.spec[name]) for kind, name in (
         (HessianSpec, "hessian"), (ModelSpec, "model"), (TrainSpec, "train")))
@@ -245,4 +278,5 @@ def measure_edge(context: Context, unit: Unit, parents: Mapping[str, Artifact]) 
         rows.append((step, step / train.steps_per_epoch(count), top.value, top.standard_error, lr, ratio))
     steps, epochs, tops, errors, rates, ratios = torch.tensor(rows, dtype=torch.float64).unbind(1)
     return Output({"steps": steps.long(), "epochs": epochs, "top": tops, "top_error": errors, "lr": rates, "ratio": ratios},
-                  {"edge_highest": float(ratios[:max(1, len(ratios) - 1)].max()), "edge_last": float(ratios[-1])})
+                  {"edge_highest": float(ratios[:max(1, len(ratios) - 1)].max()), "edge_last": float(ratios[-1]),
+                   "about": op.about})

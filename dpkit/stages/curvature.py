@@ -7,8 +7,12 @@ from typing import Any
 
 from dpkit.hessian import HessianSpec, SharpnessSpec, SparseSpec
 from dpkit.hessian.spectrum import SpectrumSpec
+from dpkit.stages.blocks import round_half_up
 from dpkit.stages.places import Entry, Places
 from dpkit.stages.unit import Unit
+
+EARLY = 3
+"""Ratio of neighbouring steps at which the first epoch of a training is watched."""
 
 
 @dataclass
@@ -19,7 +23,7 @@ class Curvature(Places):
         """Trace, diagonal and top eigenvalue at the first child of each ticket."""
         study = self.study
         spec = HessianSpec(images=self._images, probes=study.probes, lanczos_steps=study.lanczos_steps,
-                           precision=study.hessian_precision).to_dict()
+                           precision=study.hessian_precision, target=study.trace_target).to_dict()
         return [Entry(place, self._measured("hessian", {"hessian": spec}, place, parents, "hessian"))
                 for place, parents in self._networks(study.hessian_arms)]
 
@@ -73,10 +77,27 @@ class Curvature(Places):
         rows, study = [], self.study
         spec = HessianSpec(images=self._images, lanczos_steps=study.lanczos_steps).to_dict()
         for place, parents in self._networks(study.edge_arms, one=True):
-            way = self.tracked(place["arm"], place["seed"], place["round"], 0, study.edge_points)
+            way = self._watched_early(place["arm"], place["seed"], place["round"])
             how = {"hessian": spec, "train": study.train.to_dict()}
             rows.append(Entry(place, self._measured("edge", how, place, parents | {"network": way}, "top eigenvalue along")))
         return rows
+
+    def _watched_early(self, arm: str, init: int, round: int) -> Unit:
+        """The first child once more, kept at its start, on a logarithmic grid within the first epoch, where the learning rate of
+        the next step is first highest, and at ``edge_points`` evenly spaced steps after.
+
+        Curvature changes most at the beginning and is nearest to what a step allows where steps are largest; even steps alone
+        miss both. As with :meth:`watched`, looking at a child must not change the key that its paths rest on.
+        """
+        train, count, points = self.study.train, self.identity["train"], self.study.edge_points
+        first, last = 0 if arm == "dense" else self.first_step(arm), train.steps(count)
+        even = {first + round_half_up(i * (last - first) / points) for i in range(points + 1)}
+        epoch = min(train.steps_per_epoch(count), last - first)
+        early = {first + EARLY**k for k in range(epoch.bit_length()) if EARLY**k < epoch}
+        peak = max(range(first, last), key=lambda step: train.learning_rate(step, last))  # the first of equals
+        return self.network(init, self.seed_at("child", init, 0), f"{arm} {init}, round {round}, child 0, watched from its start",
+                            ticket=None if arm == "dense" else self.ticket(arm, init, round), first_step=first,
+                            snapshots=tuple(sorted(even | early | {peak})))
 
     @property
     def spectrum_round(self) -> int:

@@ -17,6 +17,7 @@ from dpkit.distill import spec_of as distill_spec
 from dpkit.models import ModelSpec, forward_work, prunable
 from dpkit.models.network import family
 from dpkit.models.work import attention_work, layer_work
+from dpkit.prune import survivors
 from dpkit.spec import canonical_json
 
 CHUNK = 100  # images of one piece of a Hessian product
@@ -284,7 +285,9 @@ def _products(asked: Mapping[str, Any], spec: Mapping[str, Any], products: float
 
 def _hessian(spec: Mapping[str, Any], parents: Specs) -> Features:
     asked = spec["hessian"]
-    return _products(asked, spec, asked["probes"] + asked["lanczos_steps"], asked["images"])
+    # one probe's deviation is about the trace itself, as a rule, and a pilot plans with caution
+    aimed = min(asked["most"], 16 + 2 / asked["target"]**2) if asked["target"] else 0
+    return _products(asked, spec, asked["probes"] + asked["lanczos_steps"] + aimed, asked["images"])
 
 
 def _sharpness(spec: Mapping[str, Any], parents: Specs) -> Features:
@@ -301,8 +304,10 @@ def _spectrum(spec: Mapping[str, Any], parents: Specs) -> Features:
 
 
 def _diagonal(spec: Mapping[str, Any], parents: Specs) -> Features:
-    asked, entries = spec["hessian"], sizes(model_of(spec)).prunable
-    return _products(asked, spec, entries if entries <= spec["limit"] else asked["probes"], asked["images"])
+    asked, limit, entries, ticket = spec["hessian"], spec["limit"], sizes(model_of(spec)).prunable, parents.get("ticket")
+    kept = survivors(entries, ticket["prune"]["fraction"], ticket["round"])[-1] if ticket else entries
+    exact = entries if entries <= limit else kept if kept <= limit else 0
+    return _products(asked, spec, exact + (asked["probes"] if entries > limit else 0), asked["images"])
 
 
 def _removed(spec: Mapping[str, Any], parents: Specs) -> Features:

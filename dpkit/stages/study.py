@@ -36,12 +36,13 @@ class Study(Making):
     two); around_arms, around_resolution (random filter-normalised directions); and of all initialisations: profile_arms,
     profile_directions, profile_points (lines in such directions). reach: how far random directions go, in filters' norms.
 
-    Curvature, on hessian_images: hessian_arms, probes, lanczos_steps, hessian_precision (as in ``HessianSpec``); sharpness_arms,
-    sharpness_radius, adaptive_radius (as in ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At
-    spectrum_round (0: the last): spectrum_arms, eigenvalues, pair_products, density_probes, density_steps, trace_probes,
-    other_probes (as in ``SpectrumSpec``); diagonal_arms, diagonal_probes, diagonal_limit (the published protocol's diagonal,
-    exact up to so many entries); removed_on (``real``, or small sets: what masks remove from the dense network's curvature),
-    removed_probes, removed_draws; edge_arms, edge_points (the top eigenvalue along training).
+    Curvature, on hessian_images: hessian_arms, probes, lanczos_steps, hessian_precision, trace_target (as precision
+    and target in ``HessianSpec``; 0: ``probes`` serve); sharpness_arms, sharpness_radius, adaptive_radius (as in
+    ``SharpnessSpec``); both at hessian_rounds (none: the last measured one). At spectrum_round (0: the last): spectrum_arms,
+    eigenvalues, pair_products, density_probes, density_steps, trace_probes, other_probes (as in ``SpectrumSpec``);
+    diagonal_arms, diagonal_probes, diagonal_limit (the published protocol's diagonal, exact up to so many entries, or surviving
+    ones); removed_on (``real``, or small sets: what masks remove from the dense network's curvature), removed_probes,
+    removed_draws; edge_arms, edge_points (the top eigenvalue along training, at so many even steps and some early ones).
     """
 
     children: int = 2
@@ -85,6 +86,7 @@ class Study(Making):
     hessian_images: int = 500
     probes: int = 20
     hessian_precision: str = "fp32"
+    trace_target: float = 0.0
     lanczos_steps: int = 20
     hessian_rounds: tuple[int, ...] = ()
     sharpness_arms: tuple[str, ...] = ()
@@ -146,8 +148,8 @@ class Study(Making):
                      f"profile_points must be one more than a multiple of 4, so that half of the reach is a point; got "
                      f"{self.profile_points}")
         checked(lambda: HessianSpec(images=self.hessian_images, probes=self.probes, lanczos_steps=self.lanczos_steps,
-                                    precision=self.hessian_precision), images="hessian_images",
-                precision="hessian_precision")
+                                    precision=self.hessian_precision, target=self.trace_target), images="hessian_images",
+                precision="hessian_precision", target="trace_target")
         checked(lambda: SpectrumSpec(eigenvalues=self.eigenvalues, pair_products=self.pair_products, probes=self.density_probes,
                                      steps=self.density_steps, trace_probes=self.trace_probes, other_probes=self.other_probes),
                 probes="density_probes", steps="density_steps")
