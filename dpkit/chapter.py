@@ -14,6 +14,7 @@ import torch
 
 from dpkit import data, distill, project, report, stages
 from dpkit.progress import observer
+from dpkit.report.tables import Whole
 from dpkit.stages import Entry, Plan, Study
 from dpkit.store import Artifact, Store
 
@@ -187,8 +188,8 @@ class Chapter:
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(self.out / name)
 
-    def describe(self) -> pd.DataFrame:
-        """What this chapter was run with, for its last cell."""
+    def describe(self) -> Whole:
+        """What this chapter was run with, for its last cell: a table that shows itself whole."""
         machine = {json.dumps(self.store.get(key).meta["machine"], sort_keys=True) for part in self.parts
                    for _, key in self.rows(part) if self.store.has(key)}
         machines = [json.loads(m) for m in sorted(machine)]
@@ -201,7 +202,7 @@ class Chapter:
                 "machine": "; ".join(sorted({f"{m['accelerator'] or m['processor']}, {m['cores']} cores" for m in machines})),
                 "software": "; ".join(sorted({f"torch {m['torch']}, Python {m['python']}" for m in machines})),
                 "commit": ", ".join(sorted({m["commit"] for m in machines}))}
-        return pd.DataFrame({"": rows})
+        return Whole(pd.DataFrame({"": rows}))
 
 
 def _picture(figure) -> bytes:

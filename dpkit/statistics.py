@@ -49,6 +49,38 @@ def ratio_interval(values: Sequence[float], level: float = 0.95) -> tuple[float,
     return math.exp(mean), None if low is None else math.exp(low), None if high is None else math.exp(high)
 
 
+def share_interval(successes: float, count: int, level: float = 0.95) -> tuple[float, float, float]:
+    """Share of ``count`` independent cases that hold, with the exact binomial interval of Clopper & Pearson (1934).
+
+    Its ends are the shares under which so many successes or more, and so many or fewer, have probability (1 - level) / 2. It
+    holds the true share at least as often as ``level`` says, and has a width where all cases agree: 3 of 3 is 100% [29, 100].
+    successes: may be a fraction, as where one case is the mean over several pairs; then the lower end counts whole cases only
+    and the upper one counts broken ones as whole. Raises ``ValueError`` unless 0 <= successes <= count, count is at least 1, and
+    level lies in (0, 1).
+    """
+    if count < 1 or not 0 <= successes <= count:
+        raise ValueError(f"successes must lie between 0 and count, which is at least 1; got {successes:g} of {count}")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    tail, least, most = (1 - level) / 2, math.floor(successes + 1e-9), math.ceil(successes - 1e-9)
+
+    def at_least(k: int, share: float) -> float:
+        return math.fsum(math.comb(count, i) * share**i * (1 - share) ** (count - i) for i in range(k, count + 1))
+
+    low = 0.0 if least == 0 else _root(lambda share: at_least(least, share) - tail)
+    high = 1.0 if most == count else _root(lambda share: at_least(most + 1, share) - (1 - tail))
+    return successes / count, low, high
+
+
+def _root(rising: Callable[[float], float]) -> float:
+    """Where a function that rises over [0, 1] is zero."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
 class Bootstrap(NamedTuple):
     """A mean with its bootstrap interval.
 

@@ -249,6 +249,20 @@ def test_many_arms_on_one_line_look_apart_and_fit():
         line(table().iloc[:0])
 
 
+def test_a_name_hides_all_of_its_arm_and_the_slider_does_not_bring_it_back():
+    view = line(table())
+    traces, layout = view.figure["data"], view.figure["layout"]
+    assert (layout["legend"]["itemclick"], layout["legend"]["groupclick"]) == ("toggle", "togglegroup")
+    groups = {}
+    for trace in traces:
+        groups.setdefault(trace["legendgroup"], []).append(trace)
+    assert set(groups) == {"dense@0", "imp@36", "imp@67", "distilled@36", "distilled@67"}
+    for parts in groups.values():  # band and mean, and the point, in both panels
+        assert sorted(t["mode"] for t in parts) == ["lines"] * 4 + ["markers"] * 2
+        assert sum(t.get("showlegend", True) for t in parts) == 1
+    assert all("visible" not in step["args"][0] for step in layout["sliders"][0]["steps"])
+
+
 def test_dense_alone_needs_no_choice_of_sparsity():
     page = Page(line(table(("dense",))))
     assert "updatemenus" not in page.layout

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from dpkit.report import between_figures, connectivity, connectivity_figures
+from dpkit.report import between_figures, connectivity, connectivity_figures, figures
+from dpkit.report.figures import mean_line
 
 ARMS = ("dense", "imp", "ltr", "large_batch", "distilled", "dm", "mtt", "random_real", "herding", "el2n", "snip", "grasp",
         "synflow", "random", "imp_weights", "distilled_shuffled")
@@ -124,3 +125,37 @@ def test_lines_and_marks_carry_the_means():
     assert [text.get_text() for text in chain.get_xticklabels()] == ["0–1", "1–2"]
     layer = between_figures.layers(made_up(("imp",), 2, BY_LAYER)).axes[0]
     assert [text.get_text() for text in layer.get_xticklabels()] == ["blocks.0.conv", "blocks.1.conv", "blocks.2.conv"]
+
+
+def test_networks_of_other_sparsity_are_above_the_line_and_without_the_rule_of_two_points():
+    chain = between_figures.rounds(made_up(("imp",), 2, BY_ROUND))
+    assert chain._supylabel.get_text() == "error barrier above the line (points)"
+    heights = [y for line in chain.axes[0].lines for y in line.get_ydata() if len(line.get_ydata()) == 2]
+    assert max(heights) == pytest.approx(100 * (0.3 + 0.005) / 2)  # half of error_barrier in this frame
+    path = between_figures.rounds(made_up(("imp",), 2, BY_ROUND), "error_barrier")
+    assert path._supylabel.get_text() == "error barrier (points)"
+    small = between_figures.solution(made_up(("distilled",), 2).assign(percent=lambda t: t["percent"].replace(36, 0)))
+    assert [text.get_text() for text in small.axes[0].get_xticklabels()] == ["dense", "67"]
+    for figure, ruled in ((chain, False), (path, True), (small, False)):
+        words = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert any("stable" in text for text in words) == ruled
+
+
+def test_layers_may_lie_below_zero():
+    table = made_up(("imp",), 2, BY_LAYER).assign(barrier=-0.04, others_barrier=-0.1)
+    table.loc[table["seed"] == 1, "others_barrier"] = -0.102
+    panel = between_figures.layers(table).axes[0]
+    low = panel.get_ylim()[0]
+    assert low < -100 * (0.101 + 12.7 * 0.001)  # the whole interval of two initialisations
+    marks = [y for line in panel.lines for y in line.get_ydata() if line.get_marker() == "o"]
+    assert min(marks) == pytest.approx(-10.1)
+    assert "−10" in [text.get_text() for text in panel.get_yticklabels()]
+    assert between_figures.layers(made_up(("imp",), 2, BY_LAYER)).axes[0].get_ylim()[0] == pytest.approx(-0.15)
+
+
+def test_mean_lines_are_of_the_positions_that_all_lines_have():
+    lines = pd.DataFrame([{"arm": "imp", "percent": 67, "seed": seed, "pair": "0-1", "alphas": a, "errors": 0.1 + 0.1 * seed}
+                          for seed in range(2) for a in (0.0, 0.5, 1.0, *([0.25] if seed else []))])
+    assert mean_line(lines).to_dict() == pytest.approx({0.0: 0.15, 0.5: 0.15, 1.0: 0.15})
+    thick = [line for line in figures.paths(lines).axes[0].lines if line.get_linewidth() == 2]
+    assert list(thick[0].get_xdata()) == [0.0, 0.5, 1.0]

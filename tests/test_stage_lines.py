@@ -21,8 +21,8 @@ SETTINGS = {"arms": ("imp", "ltr", "distilled", "imp_borrowed", "imp_transferred
             "plane_arms": ("imp",), "plane_sets": ("idc",), "trajectory_points": 2, "square_arms": ("dense",),
             "square_resolution": 3, "around_arms": ("imp",), "around_resolution": 3, "profile_arms": ("imp",),
             "profile_directions": 2, "profile_points": 5, "at_rounds": (1, 2), "points": 5}
-PARTS = ("connectivity", "train_paths", "alignment", "statistics", "instability", "layers", "between", "landscape", "plane_sets",
-         "trajectory", "square", "around", "profile")
+PARTS = ("connectivity", "train_paths", "alignment", "starts", "statistics", "instability", "layers", "between", "landscape",
+         "plane_sets", "trajectory", "square", "around", "profile")
 
 
 def entries(made, *parts):
@@ -139,6 +139,21 @@ def test_relations_between_networks(done):
             assert "images" not in b.parents
             if e.place["round"]:
                 assert a.parents["ticket"].key == b.parents["ticket"].key
+
+
+def test_dense_networks_of_two_starts_are_compared_before_and_after(done):
+    store, made = done
+    rows = made.starts()
+    assert [(e.place["pair"], e.place["matched"]) for e in rows] == [("0-1", False), ("0-1", True)]
+    a, b = (rows[0].unit.parents[name] for name in "ab")
+    assert (a.key, b.key) == (made.child("dense", 0, 0, 0).key, made.child("dense", 1, 0, 1).key)
+    assert [e.unit.stage for e in rows] == ["path", "alignment"]
+    found = store.get(rows[1].unit.key).result
+    assert found["aligned_l2"] <= found["l2"] + 1e-9
+    assert found["cosine"] <= found["aligned_cosine"] + 1e-9  # of the weights, as there is no start to go from
+    assert [e.place["pair"] for e in plan(**SETTINGS | {"seeds": 3}).starts()] == ["0-1"] * 2 + ["1-2"] * 2 + ["2-0"] * 2
+    assert plan(**SETTINGS | {"seeds": 1, "arms": ("imp",), "robust_arms": ("dense",), "spawn_arms": (), "layer_arms": (),
+                              "between_arms": ()}).starts() == []
 
 
 def test_masks_of_another_start(done):

@@ -6,7 +6,13 @@ from fractions import Fraction
 import pytest
 import torch
 
-from dpkit.statistics import attainable_coverage, hierarchical_interval, hierarchical_pairs_interval, mean_interval
+from dpkit.statistics import (
+    attainable_coverage,
+    hierarchical_interval,
+    hierarchical_pairs_interval,
+    mean_interval,
+    share_interval,
+)
 
 
 def generator(seed=0):
@@ -146,3 +152,25 @@ def test_bad_input_is_refused(change, message):
 def test_a_child_is_no_pair_with_itself():
     with pytest.raises(ValueError, match="a pair must be of two children, got 0 twice; leave it out"):
         hierarchical_pairs_interval([{(0, 0): 1.0}, {(0, 1): 1.0}], generator())
+
+
+@pytest.mark.parametrize(("successes", "count", "low", "high"), [
+    # from tables of Clopper-Pearson limits at 95%; for all or none of n the limit is (0.025)^(1/n) from that end
+    (0, 10, 0.0, 0.3085), (1, 10, 0.0025, 0.4450), (5, 10, 0.1871, 0.8129), (10, 10, 0.6915, 1.0), (3, 3, 0.2924, 1.0),
+    (0, 3, 0.0, 0.7076), (8, 20, 0.1912, 0.6395), (1, 1, 0.025, 1.0)])
+def test_exact_binomial_limits(successes, count, low, high):
+    found = share_interval(successes, count)
+    assert found[0] == successes / count
+    assert found[1:] == pytest.approx((low, high), abs=5e-5)
+    assert share_interval(count, count)[1] == pytest.approx(0.025 ** (1 / count))
+
+
+def test_a_broken_success_widens_the_interval_on_both_sides():
+    assert share_interval(2.5, 4) == (0.625, share_interval(2, 4)[1], share_interval(3, 4)[2])
+
+
+@pytest.mark.parametrize(("given", "said"), [((-1, 3), "got -1 of 3"), ((4, 3), "got 4 of 3"), ((0, 0), "got 0 of 0"),
+                                             ((1, 2, 1.0), "level must lie in")])
+def test_shares_that_are_none(given, said):
+    with pytest.raises(ValueError, match=said):
+        share_interval(*given)

@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 
 from dpkit.report.arms import averages, family, is_control, ordered, split
-from dpkit.report.figures import MARKERS, against_sparsity, colour, new, nothing, paths, threshold, title, whiskers
+from dpkit.report.figures import MARKERS, against_sparsity, colour, mean_line, new, nothing, paths, threshold, title, whiskers
 from dpkit.report.frames import summary
 
 LEAST = 0.01  # seconds: the least that a logarithmic axis shows
@@ -259,11 +259,11 @@ def paths_by_family(table: pd.DataFrame) -> Figure:
     sizes = [max(1.7, 0.17 * len(names) + 0.4) for names in groups.values()]
     figure, axes = new(3.2 + 1.9 * len(levels), sum(sizes) + 0.3 * len(sizes) + 0.6, columns=len(levels), rows=len(groups),
                        sharex=True, sharey=True, squeeze=False, gridspec_kw={"height_ratios": sizes})
-    means = table.groupby(["arm", "percent", "alphas"])["errors"].mean()
+    means = {place: mean_line(lines) for place, lines in table.groupby(["arm", "percent"])}
     for row, (word, names) in zip(axes, groups.items(), strict=True):
         for panel, percent in zip(row, levels, strict=True):
             for reference, level, dashes in (("dense", 0, "--"), ("imp", percent, "-")):
-                if (reference, level) in means.index:
+                if (reference, level) in means:
                     mean = means[reference, level]
                     panel.plot(mean.index, 100 * mean, color=colour(reference), lw=0.9, ls=dashes, label=title(reference))
             for name, style in look(names).items():

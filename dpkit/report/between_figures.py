@@ -18,7 +18,8 @@ from dpkit.report.frames import summary
 def layers(table: pd.DataFrame) -> Figure:
     """What moving one layer costs: a panel an arm and sparsity, a place a layer from the input on.
 
-    Full marks: this layer moved alone, open ones: all but this one; means over initialisations with 95% intervals.
+    Full marks: this layer moved alone, open ones: all but this one; means over initialisations with 95% intervals. All may lie
+    below 0, where the mixture errs less than the mean of both children.
     table: of :func:`dpkit.report.connectivity.layers`, rows of one sparsity and, with them, those of the dense network.
     """
     good = measured(table, "barrier")
@@ -28,16 +29,20 @@ def layers(table: pd.DataFrame) -> Figure:
     order = [(n, p) for n in ordered(good["arm"]) for p in sorted(set(good[good["arm"] == n]["percent"]))]
     columns = min(len(order), 3 if len(places) <= 8 else 2)
     rows = -(-len(order) // columns)
+    spans = {(name, percent, column): summary(good[(good["arm"] == name) & (good["percent"] == percent)], ["layer"], column,
+                                              (-1.0, 1.0)).set_index("layer").reindex(places)
+             for name, percent in order for column in ("others_barrier", "barrier")}
+    lowest = 100 * min(float(stats["low"].min()) for stats in spans.values())
     figure, axes = new(1.0 + columns * max(2.6, 0.16 * len(places) + 0.6), 1.55 * rows + 1.3, columns=columns, rows=rows,
                        sharex=True, sharey=True, squeeze=False)
     for panel, (name, percent) in zip(axes.flat, order, strict=False):
         part = good[(good["arm"] == name) & (good["percent"] == percent)]
         for column, fill in (("others_barrier", "white"), ("barrier", colour(name))):
-            stats = summary(part, ["layer"], column).set_index("layer").reindex(places)
+            stats = spans[name, percent, column]
             x = np.arange(len(places)) + (0.14 if column == "barrier" else -0.14)
             whiskers(panel, x, 100 * stats["mean"], 100 * stats["low"], 100 * stats["high"], colour="#888888", width=0.8)
             panel.plot(x, 100 * stats["mean"], "o", color=fill, markeredgecolor=colour(name), markersize=4.5, zorder=3)
-        scale(panel, words=False)
+        scale(panel, words=False, lowest=min(0.0, lowest))
         place = f"{title(name)}, {percent}%" if percent else title(name)
         panel.set_title(f"{place} (n = {part['seed'].nunique()})", fontsize=8, loc="left")
         panel.grid(axis="x", visible=False)
@@ -89,10 +94,12 @@ def between_arms(table: pd.DataFrame, own: pd.DataFrame | None = None, column: s
     return figure
 
 
-def rounds(table: pd.DataFrame, column: str = "error_barrier") -> Figure:
+def rounds(table: pd.DataFrame, column: str = "error_barrier_linear") -> Figure:
     """Barriers between what successive rounds of one search trained: a line an arm with 95% intervals.
 
-    table: of ``paths``, rows of the relation ``rounds``, columns round and other_round.
+    Above the line between the ends unless ``column`` is another: networks of other sparsity err differently, and half of that
+    difference would count as a barrier. Two points are marked where they are a rule, above the mean of the ends. table: of
+    ``paths``, rows of the relation ``rounds``, columns round and other_round.
     """
     good = measured(table, column)
     good = good[good["arm"] != "dense"] if len(good) else good  # it has one round
@@ -110,12 +117,12 @@ def rounds(table: pd.DataFrame, column: str = "error_barrier") -> Figure:
         for i, (name, style) in enumerate(look(names).items()):
             part = stats[stats["arm"] == name].sort_values("place")
             line(panel, [places.index(p) + (i - (len(names) - 1) / 2) * 0.05 for p in part["place"]], part, name, style)
-        scale(panel, words=panel is axes[0][0])
+        scale(panel, words=panel is axes[0][0], rule=not column.endswith("linear"))
         legend(panel)
         panel.set_title(word, fontsize=10, loc="left")
     axes[-1][0].set_xticks(range(len(places)), [f"{a}–{b}" for a, b in places])
     axes[-1][0].set_xlabel("rounds of the search")
-    figure.supylabel(HEIGHT, fontsize=10)
+    figure.supylabel(_label(column), fontsize=10)
     return figure
 
 
@@ -123,9 +130,13 @@ def solution(table: pd.DataFrame, column: str = "error_barrier_linear") -> Figur
     """Barrier between the network that a search's small set trained and a child of the same ticket on real data, by sparsity.
 
     Above the line between the ends unless ``column`` is another: the small set's network errs far more often, and half of that
-    difference would count as a barrier. table: of ``paths``, rows of the relation ``solution``.
+    difference would count as a barrier. "dense" is before any pruning. table: of ``paths``, rows of the relation ``solution``.
     """
     good = measured(table, column)
     if not len(good):
         return nothing("no path has a result" if len(table) else "nothing measured yet")
-    return by_family(good, column, _label(column), rule=RULE / 100)
+    figure = by_family(good, column, _label(column), rule=None if column.endswith("linear") else RULE / 100)
+    levels = sorted({int(p) for p in good["percent"]})
+    for panel in figure.axes:
+        panel.set_xticks(levels, [str(p) if p else "dense" for p in levels])
+    return figure

@@ -1,4 +1,4 @@
-"""Frames, numbers and tables of linear connectivity: what lies between two networks, under every definition and condition.
+"""Frames and numbers of linear connectivity: what lies between two networks, under every definition and condition.
 
 A barrier of error is a fraction, one of loss is in nats; all are 0 or more. ``barrier`` alone means the highest value on the
 path minus the mean of its ends; ``barrier_linear`` the largest excess over the line between the ends (:mod:`dpkit.barriers`).
@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from dpkit.barriers import barrier_linear, barrier_over, is_stable
-from dpkit.report.arms import averages, called, ordered
-from dpkit.report.format import estimate_text, interval_text, value_text
+from dpkit.barriers import barrier_linear, barrier_over, excess, is_stable, possible_rise
+from dpkit.report import apart
 from dpkit.report.frames import frame
 from dpkit.report.numbers import LEVEL, Collector, Number, by_seed, number, suffix
-from dpkit.statistics import Bootstrap, attainable_coverage, hierarchical_pairs_interval
+from dpkit.report.pairs import changed_numbers, changes, each_number, has_result
+from dpkit.statistics import Bootstrap, hierarchical_pairs_interval
 from dpkit.store import Artifact, Store, key_for
 from dpkit.tree import generator_for
 
@@ -25,7 +25,6 @@ Rows = Iterable[tuple[Mapping[str, Any], str]]
 
 #: how BatchNorm gets its statistics between two networks, the default first
 STATISTICS = ("reestimate", "interpolate", "repair")
-PAIR = ["arm", "percent", "seed", "pair"]
 FEW_LAYERS = 6  # so many layers have a number each
 DRAWS = 10_000  # of a bootstrap
 PLAIN = {"barrier": ("error_barrier", "fraction"), "loss_barrier": ("loss_barrier", "length")}
@@ -35,21 +34,29 @@ LINEAR = {"barrier_linear": ("error_barrier_linear", "fraction"), "loss_barrier_
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 def paths(store: Store, rows: Rows) -> pd.DataFrame:
-    """One row a path: the place, error_barrier, loss_barrier, stable, and from its curves error_barrier_linear and
-    loss_barrier_linear; failed, key. A path without a result stays, with NaN; one that is not made is left out."""
+    """One row a path: the place, error_barrier, loss_barrier, stable, and from its curves error_barrier_linear,
+    loss_barrier_linear, and error_gap and loss_gap, by how much either barrier may be too low at its points
+    (:func:`dpkit.barriers.possible_rise`); points; failed, key. A path without a result stays, with NaN; one that is not made is
+    left out."""
     table = frame(store, rows, "path")
-    found = {key: _linear(store.get(key)) for key in table.loc[table["failed"].isna(), "key"]}
-    none = (float("nan"), float("nan"))
-    columns = {name: [found.get(key, none)[i] for key in table["key"]]
-               for i, name in enumerate(("error_barrier_linear", "loss_barrier_linear"))}
+    found = {key: _curves(store.get(key)) for key in table.loc[table["failed"].isna(), "key"]}
+    columns = {name: [found.get(key, {}).get(name, float("nan")) for key in table["key"]]
+               for name in ("error_barrier_linear", "loss_barrier_linear", "error_gap", "loss_gap", "points")}
     return table.assign(**{name: pd.Series(values, index=table.index, dtype=float) for name, values in columns.items()})
 
 
-def _linear(artifact: Artifact) -> tuple[float, float]:
+def _curves(artifact: Artifact) -> dict[str, float]:
+    """What the points of a path say besides its stored results; nothing of one without finite values."""
     tensors = artifact.tensors
     if not {"alphas", "errors", "losses"} <= set(tensors):
-        return float("nan"), float("nan")
-    return barrier_linear(tensors["alphas"], tensors["errors"]), barrier_linear(tensors["alphas"], tensors["losses"])
+        return {}
+    alphas, found = tensors["alphas"], {"points": float(len(tensors["alphas"]))}
+    for name in ("error", "loss"):
+        values = tensors["errors" if name == "error" else "losses"]
+        if bool(torch.isfinite(values).all()):
+            found[f"{name}_barrier_linear"] = barrier_linear(alphas, values)
+            found[f"{name}_gap"] = max(float(possible_rise(alphas, v).max()) for v in (values, excess(alphas, values)))
+    return found
 
 
 def layers(store: Store, rows: Rows) -> pd.DataFrame:
@@ -82,88 +89,22 @@ def onsets(table: pd.DataFrame) -> pd.DataFrame:
 
     table: :func:`paths` with columns step and epochs, children that share their first steps. Columns: arm, percent, seed,
     stable_from, the first measured spawn step, in epochs, from which on the mean barrier of every measured step is below two
-    points (NaN where that of the last one is not); stable_at_last, whether that of the last one is; failed. Stability begins
-    somewhere after the measured step before this one, so stable_from is an upper bound by at most that distance.
+    points (NaN where that of the last one is not); unstable_at, the measured step before it, after which stability begins (the
+    same one where it is the first); stable_at_last, whether the mean barrier of the last step is below two points; failed. So
+    stability begins in the interval (unstable_at, stable_from], of which the end is an upper bound.
     """
     found = []
     good = table[table["failed"].isna() & table["error_barrier"].notna()] if len(table) else table
     for place, part in good.groupby(["arm", "percent", "seed"], sort=False) if len(good) else ():
         means = part.groupby("epochs")["error_barrier"].mean().sort_index(ascending=False)
-        since = float("nan")
+        since = before = float("nan")
         for epochs, value in means.items():
             if not is_stable(value):
+                before = float(epochs)
                 break
-            since = float(epochs)
-        found.append((*place, since, float(is_stable(means.iloc[0])), None))
-    return pd.DataFrame(found, columns=["arm", "percent", "seed", "stable_from", "stable_at_last", "failed"])
-
-
-def changes(before: pd.DataFrame, after: pd.DataFrame, column: str = "error_barrier") -> pd.DataFrame:
-    """``column`` of ``after`` minus ``error_barrier`` of ``before`` for each pair of children that has both: rows of ``after``
-    with columns change, before and key_before. Both: columns arm, percent, seed, pair, failed, key."""
-    if not len(before) or not len(after):
-        return pd.DataFrame(columns=[*after.columns, "before", "failed_before", "key_before", "change"])
-    then = before[[*PAIR, "error_barrier", "failed", "key"]].rename(
-        columns={"error_barrier": "before", "failed": "failed_before", "key": "key_before"})
-    both = after.merge(then, on=PAIR)
-    both = both[both["failed"].isna() & both["failed_before"].isna()]
-    return both.assign(change=both[column] - both["before"])
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-def _text(table: pd.DataFrame, column: str, kind: str, most: float = float("inf")) -> dict[tuple[str, int], str]:
-    """Mean, interval and n of a measure that is 0 or more, as text, by (arm, percent)."""
-    return {(row["arm"], int(row["percent"])):
-            estimate_text(row["mean"], row["n"], *((max(0.0, row["low"]), min(most, row["high"])) if row["n"] > 1
-                                                   else (None, None)), kind)
-            for _, row in averages(table, ["arm", "percent"], column).iterrows()}
-
-
-def _sheet(columns: Mapping[str, Mapping[tuple[str, int], str]]) -> pd.DataFrame:
-    """Texts by (arm, percent) as a table, arms in their order."""
-    places = {place for texts in columns.values() for place in texts}
-    order = [place for arm in ordered(arm for arm, _ in places) for place in sorted(places) if place[0] == arm]
-    names = [called(arm) + (f", {percent}% sparse" if percent else "") for arm, percent in order]
-    return pd.DataFrame([[texts.get(place, "not measured") for texts in columns.values()] for place in order],
-                        columns=list(columns), index=pd.Index(names, name="network", dtype=object))
-
-
-def definitions(table: pd.DataFrame) -> pd.DataFrame:
-    """The barrier by every definition, as text with intervals, a row an arm and sparsity: error and loss above the mean of the
-    ends and above the straight line between them, and the share of pairs that are stable. table: of :func:`paths`."""
-    table = table.assign(stable=table["stable"].astype(float)) if len(table) else table
-    heads = {"error, above the ends' mean": ("error_barrier", "points", 1.0),
-             "error, above the line": ("error_barrier_linear", "points", 1.0),
-             "stable: below 2 points": ("stable", "percent", 1.0),
-             "loss, above the ends' mean": ("loss_barrier", "number", float("inf")),
-             "loss, above the line": ("loss_barrier_linear", "number", float("inf"))}
-    return _sheet({head: _text(table, *how) if len(table) else {} for head, how in heads.items()})
-
-
-def intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """What a 95% interval of the barrier rests on, as text, a row an arm and sparsity.
-
-    Columns: barrier; initialisations and pairs behind it; Student, the interval of normal means of initialisations; bootstrap,
-    that of initialisations drawn anew and children within them (:func:`dpkit.statistics.hierarchical_pairs_interval`); at most,
-    how often the bootstrap's interval of so few of them can hold the centre (:func:`dpkit.statistics.attainable_coverage`).
-    Both intervals are those of the printed numbers. table: of :func:`paths`.
-    """
-    heads = ("barrier", "initialisations", "pairs", "Student", "bootstrap", "at most")
-    columns: dict[str, dict[tuple[str, int], str]] = {head: {} for head in heads}
-    for (arm, percent), part in table.groupby(["arm", "percent"], sort=False) if len(table) else ():
-        groups = pairs_of(part)
-        if not groups:
-            continue
-        found, row = bootstrap(_bootstrap_name(arm, int(percent)), groups), averages(part, ["arm"], "error_barrier").iloc[0]
-        several = found.initialisations > 1
-        texts = (value_text(row["mean"], "points"), str(found.initialisations), str(found.values),
-                 interval_text(row["mean"], max(0.0, row["low"]), min(1.0, row["high"]), "points") if several else "none",
-                 interval_text(found.mean, found.low, found.high, "points") or "none",
-                 f"{100 * attainable_coverage(found.initialisations):.3g}%" if several else "none")
-        for head, text in zip(heads, texts, strict=True):
-            columns[head][arm, int(percent)] = text
-    return _sheet(columns)
+            since = before = float(epochs)
+        found.append((*place, since, before, float(is_stable(means.iloc[0])), None))
+    return pd.DataFrame(found, columns=["arm", "percent", "seed", "stable_from", "unstable_at", "stable_at_last", "failed"])
 
 
 # --- bootstrap --------------------------------------------------------------------------------------------------------
@@ -181,7 +122,8 @@ def bootstrap(name: str, groups: Mapping[int, Mapping[tuple[str, str], float]]) 
                                        draws=DRAWS)
 
 
-def _bootstrap_name(arm: str, percent: int) -> str:
+def bootstrap_name(arm: str, percent: int) -> str:
+    """The number of the barrier with the interval of :func:`bootstrap`."""
     return f"connectivity.{arm}.barrier_bootstrap{suffix(percent)}"
 
 
@@ -205,115 +147,99 @@ def bootstrap_number(store: Store, name: str, table: pd.DataFrame, column: str =
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
-    """Numbers of the chapters ``connectivity``, ``alignment``, ``train_paths``, ``statistics``, ``instability``, ``layers`` and
-    ``between``, all called ``connectivity.ARM.MEASURE@P``.
+    """Numbers of the chapters ``connectivity``, ``alignment``, ``starts``, ``train_paths``, ``statistics``, ``instability``,
+    ``layers`` and ``between``, all called ``connectivity.ARM.MEASURE@P``.
 
     ``barrier``, ``loss_barrier``, ``stable`` (share of pairs below two points), ``barrier_linear``, ``loss_barrier_linear``;
     ``barrier_bootstrap``, with the hierarchical bootstrap's interval; ``distilled_minus_ARM.barrier``, paired;
-    ``aligned_barrier``, ``moved``, ``l2``, ``aligned_l2``, ``cosine``, ``disagreement``; ``aligned_difference``, minus before;
+    those of matched channels, of distances and of churn (:func:`dpkit.report.apart.numbers`);
     ``train_barrier``, ``train_loss_barrier``, on training images, and ``train_difference`` (minus on test images);
     ``STATISTICS_barrier`` for each of :data:`STATISTICS`, and ``STATISTICS_difference`` (minus ``reestimate``);
     ``barrier_kSTEP`` of children that share their first STEP steps; ``stable_at_last``, the share of initialisations that are
-    stable at the last measured step, and, where that is all of them, ``stable_from``, in epochs (:func:`onsets`);
+    stable at the last measured step, and, where that is all of them, ``stable_from``, in epochs (:func:`onsets`), whose low and
+    high hold what is known of all of them;
     ``highest_layer_barrier``, of the layer that costs most when it moves alone, pair by pair, and ``layer_LAYER_barrier`` in
     networks of up to six layers; ``rounds_barrier`` between networks of successive rounds and ``solution_barrier`` from what the
     small set trained to a child, ``A_to_B.barrier`` between two arms, each with ``_linear``.
     """
     part = {name: list(chapters.get(name, ())) for name in (
-        "connectivity", "alignment", "train_paths", "statistics", "instability", "layers", "between")}
+        "connectivity", "alignment", "starts", "train_paths", "statistics", "instability", "layers", "between")}
     plain = paths(store, part["connectivity"])
-    found = _connectivity(store, plain) + _alignment(store, part["alignment"], plain)
+    found = _connectivity(store, plain) + apart.numbers(store, part["alignment"], plain) + apart.starts(store, part["starts"])
     found += _train(store, paths(store, part["train_paths"]), plain) + _statistics(store, paths(store, part["statistics"]))
     found += _instability(store, paths(store, part["instability"])) + _layers(store, layers(store, part["layers"]))
     return found + _between(store, paths(store, part["between"]))
 
 
-def _has_result(table: pd.DataFrame) -> bool:
-    return bool(len(table)) and not table["failed"].notna().all()
-
-
-def _each(store: Store, table: pd.DataFrame, measures: Mapping[str, tuple[str, str]], label: str = "arm") -> list[Number]:
-    """A number for each place and measure: name -> (column, kind). Rows in which a column is not defined are left out of it."""
-    found: list[Number] = []
-    for measure, (column, kind) in measures.items() if _has_result(table) else ():
-        chapter = Collector(store, "connectivity", table[table[column].notna()], label)
-        for name, percent in chapter.places():
-            chapter.add(name, percent, measure, column, kind)
-        found += chapter.found
-    return found
-
-
 def _connectivity(store: Store, table: pd.DataFrame) -> list[Number]:
-    if not _has_result(table):
+    if not has_result(table):
         return []
     chapter = Collector(store, "connectivity", table.assign(stable=table["stable"].astype(float)))
     for name, percent in chapter.places():
         chapter.add(name, percent, "barrier", "error_barrier")
         chapter.add(name, percent, "loss_barrier", "loss_barrier", "mean")
-        chapter.add(name, percent, "stable", "stable")
+        chapter.add(name, percent, "stable", "stable", "share")
         if name not in ("dense", "distilled"):
             chapter.compare(("distilled", percent), (name, percent), "barrier", "error_barrier")
-    found = chapter.found + _each(store, table, LINEAR)
+    found = chapter.found + each_number(store, table, LINEAR)
     if "pair" in table:
         found += [n for name, percent in chapter.places()
-                  if (n := bootstrap_number(store, _bootstrap_name(name, percent), chapter.rows(name, percent)))]
+                  if (n := bootstrap_number(store, bootstrap_name(name, percent), chapter.rows(name, percent)))]
     return found
 
 
-def _alignment(store: Store, rows: Rows, before: pd.DataFrame) -> list[Number]:
-    """Pairs of children with their channels matched, how far they are apart, and what matching changed."""
-    table = frame(store, rows, "alignment")
-    if not _has_result(table):
-        return []
-    chapter = Collector(store, "connectivity", table)
-    for name, percent in chapter.places():
-        for column, kind in (("aligned_barrier", "fraction"), ("moved", "fraction"), ("l2", "length"),
-                             ("aligned_l2", "length"), ("cosine", "cosine"), ("disagreement", "fraction")):
-            chapter.add(name, percent, column, column, kind)
-    return chapter.found + _changed(store, changes(before, table, "aligned_barrier"), "aligned_difference")
-
-
-def _changed(store: Store, both: pd.DataFrame, measure: str) -> list[Number]:
-    # a row for each artifact that counts, so that the number leads back to both
-    return _each(store, pd.concat([both, both.assign(key=both["key_before"])], ignore_index=True), {measure: ("change", "mean")})
-
-
 def _train(store: Store, table: pd.DataFrame, test: pd.DataFrame) -> list[Number]:
-    return (_each(store, table, {f"train_{measure}": how for measure, how in PLAIN.items()})
-            + _changed(store, changes(test, table), "train_difference"))
+    return (each_number(store, table, {f"train_{measure}": how for measure, how in PLAIN.items()})
+            + changed_numbers(store, changes(test, table), "train_difference"))
 
 
 def _statistics(store: Store, table: pd.DataFrame) -> list[Number]:
     found: list[Number] = []
     for name in STATISTICS if len(table) else ():
         part, default = (table[table["statistics"] == which] for which in (name, STATISTICS[0]))
-        found += _each(store, part, {f"{name}_barrier": PLAIN["barrier"]})
+        found += each_number(store, part, {f"{name}_barrier": PLAIN["barrier"]})
         if name != STATISTICS[0]:
-            found += _changed(store, changes(default, part), f"{name}_difference")
+            found += changed_numbers(store, changes(default, part), f"{name}_difference")
     return found
 
 
 def _instability(store: Store, table: pd.DataFrame) -> list[Number]:
     found: list[Number] = []
     for step in sorted(set(table["step"])) if len(table) else ():
-        found += _each(store, table[table["step"] == step], {f"barrier_k{int(step)}": PLAIN["barrier"]})
+        found += each_number(store, table[table["step"] == step], {f"barrier_k{int(step)}": PLAIN["barrier"]})
     for (arm, percent), part in onsets(table).groupby(["arm", "percent"], sort=False):
         keys = by_seed(table[(table["arm"] == arm) & (table["percent"] == percent)], "error_barrier")[1]
-        for measure, kind in (("stable_at_last", "fraction"), ("stable_from", "length")):
-            if part[measure].notna().all():  # the mean of those that become stable would say that all do
-                found.append(number(store, f"connectivity.{arm}.{measure}{suffix(int(percent))}",
-                                    part.set_index("seed")[measure].to_dict(), keys, kind))
+        seeds = part.set_index("seed")
+        found.append(number(store, f"connectivity.{arm}.stable_at_last{suffix(int(percent))}", seeds["stable_at_last"].to_dict(),
+                            keys, "share"))
+        if part["stable_from"].notna().all():  # the mean of those that become stable would say that all do
+            found.append(_onset(store, f"connectivity.{arm}.stable_from{suffix(int(percent))}", seeds, keys))
     return found
+
+
+def _onset(store: Store, name: str, seeds: pd.DataFrame, keys: list[str]) -> Number:
+    """The mean of stable_from, which is known up to the step before: low and high hold what is known of all initialisations."""
+    spec = {"name": name, "kind": "onset", "seeds": [int(seed) for seed in seeds.index]}
+    parents = {str(i): key for i, key in enumerate(sorted(set(keys)))}
+    key = key_for("number", 1, spec, parents)
+    if not store.has(key):
+        several = len(seeds) > 1
+        store.put(key, stage="number", version=1, spec=spec, parents=parents, seconds=0.0, label=name,
+                  tensors={"values": torch.tensor(seeds["stable_from"].tolist(), dtype=torch.float64)},
+                  result={"value": float(seeds["stable_from"].mean()), "n": len(seeds),
+                          "low": float(seeds["unstable_at"].min()) if several else None,
+                          "high": float(seeds["stable_from"].max()) if several else None})
+    return Number(name, *(store.get(key).result[field] for field in ("value", "n", "low", "high")), key)
 
 
 def _layers(store: Store, table: pd.DataFrame) -> list[Number]:
     if not len(table):
         return []
     highest = table.loc[table.groupby("key", sort=False)["barrier"].idxmax()]
-    found, names = _each(store, highest, {"highest_layer_barrier": ("barrier", "mean")}), list(dict.fromkeys(table["layer"]))
+    found, names = each_number(store, highest, {"highest_layer_barrier": ("barrier", "mean")}), dict.fromkeys(table["layer"])
     for name in names if len(names) <= FEW_LAYERS else ():
         measure = f"layer_{name.removesuffix('.weight').replace('.', '_')}_barrier"
-        found += _each(store, table[table["layer"] == name], {measure: ("barrier", "mean")})
+        found += each_number(store, table[table["layer"] == name], {measure: ("barrier", "mean")})
     return found
 
 
@@ -322,7 +248,8 @@ def _between(store: Store, table: pd.DataFrame) -> list[Number]:
         return []
     measures, found = {"barrier": PLAIN["barrier"], "barrier_linear": LINEAR["barrier_linear"]}, []
     for relation in ("rounds", "solution"):
-        found += _each(store, table[table["relation"] == relation], {f"{relation}_{name}": how for name, how in measures.items()})
+        part = table[table["relation"] == relation]
+        found += each_number(store, part, {f"{relation}_{name}": how for name, how in measures.items()})
     arms = table[table["relation"] == "arms"]
-    return found + _each(store, arms.assign(both=arms["arm"] + "_to_" + arms["other"]), measures, "both")
+    return found + each_number(store, arms.assign(both=arms["arm"] + "_to_" + arms["other"]), measures, "both")
 

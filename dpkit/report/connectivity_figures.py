@@ -37,12 +37,19 @@ def measured(table: pd.DataFrame, column: str = "error_barrier") -> pd.DataFrame
     return table[table["failed"].isna() & table[column].notna()] if len(table) else table
 
 
-def scale(panel, axis: str = "y", words: bool = True, label_side: float = 0.99) -> None:
-    """Axis of barriers in points: linear up to two, logarithmic above, with a line at two."""
+def scale(panel, axis: str = "y", words: bool = True, label_side: float = 0.99, rule: bool = True, lowest: float = 0.0) -> None:
+    """Axis of barriers in points: linear up to two, logarithmic above, with a line at two.
+
+    rule: whether two points say anything of what is shown; the rule is one of barriers above the mean of the ends.
+    lowest: of what is shown, in points, where that may be below 0.
+    """
     getattr(panel, f"set_{axis}scale")("symlog", linthresh=RULE, linscale=0.8)
-    getattr(panel, f"set_{axis}ticks")(TICKS, [str(t) for t in TICKS])
+    ticks = [*(-t for t in reversed(TICKS[1:]) if t <= -lowest), *TICKS]
+    getattr(panel, f"set_{axis}ticks")(ticks, [str(t).replace("-", "−") for t in ticks])
     getattr(panel, f"set_{axis}ticks")([], minor=True)
-    getattr(panel, f"set_{axis}lim")(-0.15, 100)
+    getattr(panel, f"set_{axis}lim")(min(-0.15, 1.15 * lowest), 100)
+    if not rule:
+        return
     (panel.axhline if axis == "y" else panel.axvline)(RULE, color=RED, lw=1, ls=":", zorder=0.5)
     if words:
         panel.annotate(f"stable below {RULE} points", (label_side, RULE), xycoords=("axes fraction", "data"), ha="right",

@@ -190,6 +190,15 @@ def threshold(axes, rule: float) -> None:
                   va="bottom", fontsize=8, color="#B00000")
 
 
+def mean_line(lines: pd.DataFrame) -> pd.Series:
+    """Mean error of several lines by position, at those that all of them have: refined ones have more, each its own.
+
+    lines: columns seed, pair, alphas, errors.
+    """
+    found = lines.groupby("alphas")["errors"].agg(["mean", "size"])
+    return found.loc[found["size"] == lines.groupby(["seed", "pair"]).ngroups, "mean"]
+
+
 def paths(table: pd.DataFrame) -> Figure:
     """Error along the line between children: a panel for each sparsity, a thin line a pair, a thick one the mean."""
     if not len(table):
@@ -202,7 +211,7 @@ def paths(table: pd.DataFrame) -> Figure:
             lines = part[part["arm"] == arm]
             for _, line in lines.groupby(["seed", "pair"]):
                 panel.plot(line["alphas"], 100 * line["errors"], color=colour(arm), lw=0.6, alpha=0.45)
-            mean = lines.groupby("alphas")["errors"].mean()
+            mean = mean_line(lines)
             panel.plot(mean.index, 100 * mean, color=colour(arm), lw=2, label=title(arm))
         panel.set(xlabel="position α on the line", title=f"{percent}% sparse" if percent else "dense")
     axes[0][0].set_ylabel("test error (%)")

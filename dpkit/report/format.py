@@ -22,7 +22,7 @@ OPTIONS = ("value", "interval", "n")
 # The first kind whose words meet the measure's words wins: a difference of accuracies is written in points.
 _WORDS = (
     ("number", {"from", "removed", "removal"}),  # epochs; curvature; nats
-    ("percent", {"jaccard", "hamming", "unique", "kept", "distance", "moved", "disagreement"}),
+    ("percent", {"jaccard", "hamming", "unique", "kept", "distance", "moved", "disagreement", "churn"}),
     ("points", {"barrier", "difference", "gap", "rise", "drop", "excess"}),
     ("percent", {"accuracy", "error", "sparsity", "fraction", "share", "overlap", "stable"}),
     ("seconds", {"seconds", "duration"}),

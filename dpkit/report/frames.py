@@ -28,7 +28,7 @@ GROUPS = {"learned": ("idc", "idc_factor1", "dc", "dsa", "dm", "mtt"), "generate
 MEASURES = {"network": ("error", "loss", "train_loss", "steps", "points"),
             "path": ("error_barrier", "loss_barrier", "stable"),
             "alignment": ("aligned_barrier", "aligned_loss_barrier", "moved", "l2", "aligned_l2", "cosine", "sparsity_between",
-                          "disagreement"),
+                          "disagreement", "churn_gains", "churn_losses", "churn_sideways", "churn_needless"),
             "robustness": ("clean_error", "mean_corruption_error"),
             "plane": ("highest_error", "lowest_error"), "square": ("highest_error", "lowest_error", "off"),
             "around": ("highest_error", "lowest_error"), "profile": ("error", "loss", "error_rise", "loss_rise"),
@@ -146,16 +146,16 @@ def histories(store: Store, rows: Iterable[tuple[Mapping[str, Any], str]], parts
     return pd.DataFrame.from_records(found, columns=list(wanted))
 
 
-def summary(table: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Mean, interval and n of a fraction ``column`` for each group, over seeds (rows of one seed are averaged first).
+def summary(table: pd.DataFrame, by: list[str], column: str, span: tuple[float, float] = (0.0, 1.0)) -> pd.DataFrame:
+    """Mean, interval and n of a ``column`` for each group, over seeds (rows of one seed are averaged first).
 
-    Intervals are cut to [0, 1], as those of the printed numbers are.
+    span: what the measure can be, by default a fraction; intervals are cut to it, as those of the printed numbers are.
     """
     records = []
     for place, group in table[table["failed"].isna()].groupby(by, sort=False):
         values = group.groupby("seed")[column].mean().tolist()
         mean, low, high = mean_interval(values)
         records.append({**dict(zip(by, place if isinstance(place, tuple) else (place,), strict=True)), "mean": mean,
-                        "low": mean if low is None else max(0.0, low),
-                        "high": mean if high is None else min(1.0, high), "n": len(values)})
+                        "low": mean if low is None else max(span[0], low),
+                        "high": mean if high is None else min(span[1], high), "n": len(values)})
     return pd.DataFrame.from_records(records, columns=[*by, "mean", "low", "high", "n"])

@@ -1,7 +1,7 @@
 """Landscapes and paths to touch, for the book and for Jupyter: planes (:func:`surface`), and a line with a slider (:func:`line`).
 
-Each view is one plotly figure whose selectors are plotly's own; see :mod:`dpkit.report.explorer` for why. On a line, what is
-visible is a matter of the sparsity, and where the points and the values beside the names are is one of alpha.
+Each view is one plotly figure whose selectors and legend are plotly's own; see :mod:`dpkit.report.explorer` for why. On a line,
+what is visible is a matter of the sparsity and of the legend, and where the points and the values beside the names are is one of alpha.
 """
 from __future__ import annotations
 
@@ -75,19 +75,19 @@ def _figure(curves: dict[tuple[str, int], dict], levels: list[int], label: str) 
         "template": "none", "font": FONT, "height": height, "hovermode": "closest", "paper_bgcolor": "white",
         "plot_bgcolor": "white", "margin": {"l": 50, "r": 20, "t": above, "b": below},
         "legend": {"orientation": "v", "x": 0, "xanchor": "left", "y": -SLIDER / PANEL, "yanchor": "top", "font": SMALL,
-                   "itemclick": False, "itemdoubleclick": False, "tracegroupgap": 0}})
+                   "itemclick": "toggle", "groupclick": "togglegroup", "itemdoubleclick": False, "tracegroupgap": 0}})
     steps = sorted({float(a) for curve in curves.values() for a in curve["alphas"]})
     start = int(np.abs(np.array(steps) - START).argmin())
     points = _points(curves, places, steps)
     shown = [arm == "dense" or percent == levels[-1] for arm, percent in places]
     for place, visible in zip(places, shown, strict=True):
-        figure.add_traces(_lines(curves[place], looks[place[0]], visible))
+        figure.add_traces(_lines(curves[place], looks[place[0]], visible, _group(place)))
     for axis in ("", "2"):
         for i, place in enumerate(places):
             y = points["errors" if not axis else "losses"][start][i]
             figure.add_trace(go.Scatter(
                 x=[steps[start]], y=[y], name=points["names"][start][i], xaxis=f"x{axis}", yaxis=f"y{axis}", visible=shown[i],
-                showlegend=not axis, mode="markers", hoverinfo="skip",
+                showlegend=not axis, legendgroup=_group(place), mode="markers", hoverinfo="skip",
                 marker={"size": 10, "color": looks[place[0]]["color"], "line": {"color": "white", "width": 1.5}}))
     _controls(figure, places, levels, points, steps, start)
     grid = {"gridcolor": "#EEEEEE", "zeroline": False, "fixedrange": True, "tickfont": SMALL}
@@ -101,12 +101,17 @@ def _figure(curves: dict[tuple[str, int], dict], levels: list[int], label: str) 
     return figure
 
 
-def _lines(curve: dict, look: dict, visible: bool) -> list[go.Scatter]:
+def _group(place: tuple[str, int]) -> str:
+    """What a click on a name in the legend hides together: band, means and points of one arm at one sparsity."""
+    return f"{place[0]}@{place[1]}"
+
+
+def _lines(curve: dict, look: dict, visible: bool, group: str) -> list[go.Scatter]:
     """Band and mean of a curve, in the panel of the error and in that of the loss."""
     found, x = [], plain(curve["alphas"], 5)
     for value, axis in (("errors", ""), ("losses", "2")):
         mean, low, high = (plain(v, 4) for v in curve[value])
-        common = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible, "showlegend": False}
+        common = {"xaxis": f"x{axis}", "yaxis": f"y{axis}", "visible": visible, "showlegend": False, "legendgroup": group}
         red, green, blue = hex_to_rgb(look["color"])
         found += [go.Scatter(x=x + x[::-1], y=high + low[::-1], mode="lines", line={"width": 0}, fill="toself", hoverinfo="skip",
                              fillcolor=f"rgba({red},{green},{blue},0.13)", **common),

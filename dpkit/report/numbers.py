@@ -17,7 +17,7 @@ import torch
 
 from dpkit.report.arms import split
 from dpkit.report.frames import frame
-from dpkit.statistics import mean_interval, ratio_interval
+from dpkit.statistics import mean_interval, ratio_interval, share_interval
 from dpkit.store import Store, key_for
 
 LEVEL = 0.95
@@ -49,10 +49,15 @@ def number(store: Store, name: str, values: Mapping[int, float], keys: Sequence[
     """Summarise one value a seed and keep the summary in the store, with everything that went in as its parents.
 
     kind: ``mean``; a mean whose interval is cut to what the measure can be, ``fraction`` to [0, 1], ``cosine`` to [-1, 1] and
-    ``length`` to 0 and more; ``ratio``, a geometric mean.
+    ``length`` to 0 and more; ``ratio``, a geometric mean; ``share``, how many of the seeds hold something, each in [0, 1], with
+    the exact binomial interval (:func:`dpkit.statistics.share_interval`).
     """
     ordered = [values[seed] for seed in sorted(values)]
-    value, low, high = (ratio_interval if kind == "ratio" else mean_interval)(ordered, LEVEL)
+    if kind == "share":
+        value, low, high = share_interval(sum(ordered), len(ordered), LEVEL)
+        low, high = (low, high) if len(ordered) > 1 else (None, None)
+    else:
+        value, low, high = (ratio_interval if kind == "ratio" else mean_interval)(ordered, LEVEL)
     if kind in RANGES and low is not None:
         low, high = max(RANGES[kind][0], low), min(RANGES[kind][1], high)
     spec = {"name": name, "kind": kind, "level": LEVEL, "seeds": sorted(values)}

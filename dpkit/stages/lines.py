@@ -43,6 +43,22 @@ class Lines(Places):
             rows.append(Entry(place, self.unit("alignment", spec, parents, f"alignment {label}")))
         return rows
 
+    def starts(self) -> list[Entry]:
+        """Dense networks of one initialisation and the next, before (``matched`` False) and after their channels are matched.
+
+        What children of one start are compared with: how much of a barrier between networks that share nothing is the order of
+        their channels. The last one is compared with the first where that is another pair.
+        """
+        rows, count = [], self.study.seeds
+        for init in range(count if count > 2 else count - 1):
+            other = (init + 1) % count
+            ends = {"a": self.child("dense", init, 0, 0), "b": self.child("dense", other, 0, 1)}
+            place, label = self.place("starts", 0, init, pair=f"{init}-{other}"), f"dense {init} and {other}"
+            spec = self._path_spec() | {"seed": self.seed_at("alignment", "starts", init)}
+            rows += [Entry(place | {"matched": False}, self._path(ends, label)),
+                     Entry(place | {"matched": True}, self.unit("alignment", spec, ends, f"alignment {label}"))]
+        return rows
+
     def statistics(self) -> list[Entry]:
         """Paths in a network with BatchNorm, with each kind of statistics on the way."""
         study, norm = self.study, self.study.measured_norm

@@ -22,8 +22,8 @@ from dpkit.stages.unit import Unit
 #: the chapters that compute, and the frames that each one makes
 PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distillation", "transfer"), "tickets": ("tickets",),
                                      "masks": ("masks", "early_bird"), "robustness": ("robustness",),
-                                     "connectivity": ("connectivity", "train_paths", "alignment", "statistics", "instability",
-                                                      "layers", "between"),
+                                     "connectivity": ("connectivity", "train_paths", "alignment", "starts", "statistics",
+                                                      "instability", "layers", "between"),
                                      "landscape": ("landscape", "plane_sets", "trajectory", "square", "around", "profile"),
                                      "hessian": ("hessian", "sharpness", "spectra", "diagonals", "removed", "edge")}
 CHAPTERS = tuple(PARTS)
