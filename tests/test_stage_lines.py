@@ -22,7 +22,7 @@ SETTINGS = {"arms": ("imp", "ltr", "distilled", "imp_borrowed", "imp_transferred
             "square_resolution": 3, "around_arms": ("imp",), "around_resolution": 3, "profile_arms": ("imp",),
             "profile_directions": 2, "profile_points": 5, "at_rounds": (1, 2), "points": 5}
 PARTS = ("connectivity", "train_paths", "alignment", "starts", "statistics", "instability", "layers", "between", "landscape",
-         "plane_sets", "trajectory", "square", "around", "profile")
+         "plane_sets", "trajectory", "square", "square_forms", "around", "profile")
 
 
 def entries(made, *parts):
@@ -332,3 +332,16 @@ def test_old_keys_stay():
     more = plan(**SETTINGS | {"arms": ("imp",), "seeds": 1, "at_rounds": (2,), "spawn_arms": ("imp",), "between_arms": ("imp",)})
     assert {e.unit.key for e in plain.connectivity()} == {e.unit.key for e in more.connectivity()}
     assert set(closure([e.unit for e in plain.tickets()])) == set(closure([e.unit for e in more.tickets()]))
+
+
+def test_the_square_of_one_arm_is_there_in_both_forms(done):
+    store, made = done
+    rows = made.square_forms()
+    assert [e.place["form"] for e in rows] == ["bilinear", "diagonals"]
+    assert rows[0].unit.key == made.square()[0].unit.key
+    whole, flat = (store.get(e.unit.key) for e in rows)
+    assert whole.result["off"] == flat.result["off"] > 0
+    for row, column in ((0, 0), (-1, -1)):  # the two children that the plane holds
+        assert torch.equal(whole.tensors["losses"][row, column], flat.tensors["losses"][row, column])
+    assert not torch.equal(whole.tensors["losses"], flat.tensors["losses"])
+    assert len(plan(**SETTINGS | {"square_arms": ()}).square_forms()) == 0

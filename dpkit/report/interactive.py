@@ -1,11 +1,12 @@
 """Landscapes and paths to touch, for the book and for Jupyter: planes (:func:`surface`), and a line with a slider (:func:`line`).
 
 Each view is one plotly figure whose selectors and legend are plotly's own; see :mod:`dpkit.report.explorer` for why. On a line,
-what is visible is a matter of the sparsity and of the legend, and where the points and the values beside the names are is one of alpha.
+what is visible is a matter of the sparsity and the legend; where the points and the values beside the names are is one of alpha.
 """
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,21 @@ from dpkit.report.interactive_planes import surface
 from dpkit.report.interactive_view import FONT, LIMIT, MENU, NOTE, SMALL, View, plain, sized
 from dpkit.report.landscape_panels import VALUES, styles
 
-__all__ = ["View", "line", "surface"]
+__all__ = ["View", "few", "line", "surface"]
 
 DASHES = dict(zip(LINES, ("solid", "dash", "dot", "dashdot"), strict=True))
 TOP, PANEL, SLIDER, ENTRY = 62, 280, 105, 19  # pixels: selector; panels; the axes below and the slider; an arm's name
+MOST = 6  # arms that can still be told apart beside the dense network
 START = 0.5  # where the slider stands first: where barriers are highest most often
+
+
+def few(arms: Sequence[str], preferred: Sequence[str] = ()) -> list[str]:
+    """The arms of a view with a slider, ``dense`` first: the ``preferred`` ones if there are others, or else the first six.
+
+    >>> few(["imp", "ltr", "random"], ["dense"]), few(["imp", "ltr", "random"], ["dense", "ltr"])
+    (['dense', 'imp', 'ltr', 'random'], ['dense', 'ltr'])
+    """
+    return ["dense", *([name for name in preferred if name != "dense"] or [name for name in arms if name != "dense"][:MOST])]
 
 
 def line(table: pd.DataFrame, limit: int = LIMIT, label: str = "test") -> View:

@@ -39,7 +39,10 @@ def contours(grids: Mapping[str, Grid], value: str = "errors", *, trajectories: 
 
 def squares(grids: Mapping[str, Grid], value: str = "errors", *, minima: bool = True, columns: int = 3, label: str = "test"
             ) -> Figure:
-    """Bilinear squares between four children, a panel an arm, one scale; x and y are ratios, 0 and 1 at the children."""
+    """Squares of four children, a panel an arm, one scale; x and y are ratios, 0 and 1 at the children.
+
+    A grid may say its ``form``; of ``diagonals``, the plane of the published code, only the corners 0 and 3 are children.
+    """
     axis = ("ratio along the first side", "ratio along the second side")
     return _panels(grids, value, axis, parts.children, {}, minima, columns, label)
 
@@ -153,6 +156,9 @@ def surfaces(grids: Mapping[str, Grid], value: str = "losses", *, label: str = "
                            edgecolor=(1, 1, 1, 0.35), rcount=lines, ccount=lines, shade=False, antialiased=True, zorder=3)
         panel.set(zlim=(floor, high), xlim=(x.min(), x.max()), ylim=(y.min(), y.max()))
         panel.set_title(parts.caption(name, 30), fontsize=9, y=1.0)
+        panel.set_xlabel("first axis", fontsize=7, labelpad=-7)
+        panel.set_ylabel("second axis", fontsize=7, labelpad=-7)
+        panel.set_zlabel(f"{label} {VALUES[value][1]}" if panel is axes[0] else "", fontsize=7, labelpad=-7)
         panel.view_init(elev=28, azim=-58)
         panel.tick_params(labelsize=6.5, pad=-3)
         for axis in (panel.xaxis, panel.yaxis):

@@ -125,9 +125,15 @@ def walks(panel, walk: Grid | None) -> None:
 def children(panel, grid: Grid) -> None:
     corners = np.asarray(grid["corners"], dtype=float)
     middle = corners.mean(0)
+    ends = np.asarray(grid["y"], dtype=float)[[0, -1]]
+    nobody = (1, 2) if str(grid.get("form", "")) == "diagonals" else ()  # corners of that plane at which no child lies
     for i, (x, y) in enumerate(corners):
+        if i in nobody:
+            continue
         panel.plot(x, y, "o", color="white", markeredgecolor="black", markersize=6, zorder=6, clip_on=False)
         below = y < middle[1]
+        if np.abs(ends - y).min() < 0.06 * np.ptp(ends):
+            below = not below  # at the edge of the grid a name outside would lie on the numbers of the axis
         panel.annotate(f"child {i}", (x, y), xytext=(0, -6 if below else 6), textcoords="offset points",
                        ha="left" if x < middle[0] - 1e-9 else "right" if x > middle[0] + 1e-9 else "center",
                        va="top" if below else "bottom", color="white", fontsize=SMALL, path_effects=HALO, zorder=7)

@@ -137,7 +137,7 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
         found += _from_frame(store, chapters.get(name, []), make)
     for room in (ledger, overlap, robustness, connectivity):
         found += room.numbers(store, chapters)
-    for name, make in (("landscape", _landscape), ("profile", _profile)):
+    for name, make in (("landscape", _landscape), ("square", _square), ("profile", _profile)):
         found += _from_frame(store, chapters.get(name, []), make)
     return found + curvature.numbers(store, chapters)
 
@@ -195,6 +195,14 @@ def _landscape(store: Store, table: pd.DataFrame) -> list[Number]:
     chapter = Collector(store, "landscape", table)
     for name, percent in chapter.places():
         chapter.add(name, percent, "highest_error", "highest_error")
+    return chapter.found
+
+
+def _square(store: Store, table: pd.DataFrame) -> list[Number]:
+    """``landscape.ARM.square_twist@P``: how far the four children of the square are from a parallelogram, in sides."""
+    chapter = Collector(store, "landscape", table)
+    for name, percent in chapter.places():
+        chapter.add(name, percent, "square_twist", "off", "length")
     return chapter.found
 
 

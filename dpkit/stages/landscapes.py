@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dpkit.landscape import AroundSpec, PlaneSpec, ProfileSpec, SquareSpec
+from dpkit.landscape import FORMS, AroundSpec, PlaneSpec, ProfileSpec, SquareSpec
 from dpkit.stages.places import Entry, Places
 from dpkit.stages.unit import Unit
 
@@ -39,15 +39,21 @@ class Landscapes(Places):
 
     def square(self) -> list[Entry]:
         """The square of four children, whose running statistics are averaged too where the study interpolates them."""
-        rows, how = [], self._how()
-        if how["statistics"] == "keep" and self.study.square_form == "bilinear":
+        return [self._square(arm, self.study.square_form) for arm in self.study.square_arms]
+
+    def square_forms(self) -> list[Entry]:
+        """The square of the first of these arms in both forms: through all four children, and the plane of the published code."""
+        return [self._square(arm, form) for arm in self.study.square_arms[:1] for form in FORMS]
+
+    def _square(self, arm: str, form: str) -> Entry:
+        how = self._how()
+        if how["statistics"] == "keep" and form == "bilinear":
             how["statistics"] = "interpolate"
-        for arm in self.study.square_arms:
-            spec = SquareSpec(resolution=self.study.square_resolution, form=self.study.square_form, **how).to_dict()
-            unit = self.unit("square", {"data": self.identity, "model": self.model, "square": spec}, self._children(arm, "abcd"),
-                             f"square {arm}, round {self.seen(arm)}")
-            rows.append(Entry(self.place(arm, self.seen(arm), 0), unit))
-        return rows
+        spec = SquareSpec(resolution=self.study.square_resolution, form=form, **how).to_dict()
+        more = "" if form == "bilinear" else f", {form}"
+        unit = self.unit("square", {"data": self.identity, "model": self.model, "square": spec}, self._children(arm, "abcd"),
+                         f"square {arm}, round {self.seen(arm)}{more}")
+        return Entry(self.place(arm, self.seen(arm), 0, form=form), unit)
 
     def around(self) -> list[Entry]:
         """The plane of two random filter-normalised directions around the first child."""

@@ -24,7 +24,8 @@ PARTS: dict[str, tuple[str, ...]] = {"data": ("data",), "distillation": ("distil
                                      "masks": ("masks", "early_bird"), "robustness": ("robustness",),
                                      "connectivity": ("connectivity", "train_paths", "alignment", "starts", "statistics",
                                                       "instability", "layers", "between"),
-                                     "landscape": ("landscape", "plane_sets", "trajectory", "square", "around", "profile"),
+                                     "landscape": ("landscape", "plane_sets", "trajectory", "square", "square_forms", "around",
+                                                   "profile"),
                                      "hessian": ("hessian", "sharpness", "spectra", "diagonals", "removed", "edge")}
 CHAPTERS = tuple(PARTS)
 #: what tickets rest on has frames too: the networks of their searches, and the small sets of these
