@@ -56,15 +56,16 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet for small images: 3x3 stem, four stages of one or two blocks, mean over positions, a linear classifier."""
+    """ResNet for small images: 3x3 stem, four stages of one or two blocks, or three of three (ResNet-20), mean over positions, a
+    linear classifier."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
         width = model.width
         self.conv1, self.bn1 = nn.Conv2d(model.channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
-        into = width
-        for stage in range(4):
+        into, self.stages = width, 3 if model.arch == "resnet20" else 4
+        for stage in range(self.stages):
             blocks = []
             for i in range(BLOCKS[model.arch]):
                 blocks.append(Block(into, width * 2**stage, 2 if stage and not i else 1))
@@ -74,7 +75,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
-        for stage in range(4):
+        for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         return self.fc(x.mean((2, 3)))
 
