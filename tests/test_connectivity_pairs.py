@@ -7,7 +7,7 @@ from connectivity_networks import CONVNET, RESNET, examples, generator, network
 
 from dpkit import models, tree
 from dpkit.connectivity import PathSpec, all_pairs, check_masks, check_starts, path
-from dpkit.models import ModelSpec
+from dpkit.models import ModelSpec, reestimation
 
 
 def relatives(count):
@@ -76,6 +76,17 @@ def test_25_points_are_25_forward_passes_over_the_images(counted):
     spec = PathSpec(points=25)
     path(spec, CONVNET, a, b, images, labels)
     assert sum(counted) == 25 * 6000
+
+
+@pytest.mark.parametrize(("statistics", "measured"), [("reestimate", 1000), ("interpolate", 0)])
+def test_with_batchnorm_each_point_also_measures_its_statistics(counted, monkeypatch, statistics, measured):
+    """With BatchNorm 25 points on 6,000 images are 25 times 6,000 + 1,000: a sixth more, and nothing but that."""
+    model, original, trained = CONVNET.replace(norm="batch"), reestimation.moments, []
+    monkeypatch.setattr(reestimation, "moments", lambda m, params, buffers, x: (trained.append(len(x)),
+                                                                                original(m, params, buffers, x))[1])
+    a, b, (images, labels) = network(model), network(model, 1), examples(model, 6000)
+    path(PathSpec(points=25, statistics=statistics), model, a, b, images, labels, statistics_images=images)
+    assert (sum(counted), sum(trained)) == (25 * 6000, 25 * measured)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def numbers(store: Store, rows: Rows, before: pd.DataFrame) -> list[Number]:
 def starts(store: Store, rows: Rows) -> list[Number]:
     """Dense networks of different initialisations, as ``connectivity.starts.MEASURE``: ``barrier``; those of :data:`MATCHED`;
     ``disagreement``; ``aligned_cosine``, of the weights once matched (``cosine`` is that before); ``aligned_difference``. Each
-    initialisation is compared with the next one, so n counts pairs of which each network belongs to two."""
+    initialisation is compared with the next one, so n counts pairs, and each start is in two of them."""
     rows = list(rows)
     plain = frame(store, [row for row in rows if not row[0]["matched"]], "path")
     table = frame(store, [row for row in rows if row[0]["matched"]], "alignment")
