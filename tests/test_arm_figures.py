@@ -230,3 +230,15 @@ def test_paths_show_every_arm_at_every_sparsity(names):
         titles = {axes.get_title(loc="left") for axes in figure.axes} - {""}
         assert titles == {arms.family(name) for name in names if name != "imp"}
     assert arm_figures.paths_by_family(pd.DataFrame()).axes
+
+
+def test_a_crowd_of_controls_has_colours_for_what_was_changed():
+    changed = ("weights", "shuffled", "reinit", "signs", "borrowed", "transferred")
+    crowd = [f"{arm}_{word}" for arm in ("imp", "distilled") for word in changed] + ["distilled_norm_only"]
+    styles = arm_figures.look(crowd)
+    assert len({(s["color"], s["linestyle"]) for s in styles.values()}) == len(crowd)
+    assert len({s["color"] for s in styles.values()}) == 7
+    assert {styles[f"imp_{word}"]["linestyle"] for word in changed} == {"-"}
+    assert {styles[f"distilled_{word}"]["linestyle"] for word in changed} == {"--"}
+    few = arm_figures.look(["imp", "imp_shuffled"])
+    assert few["imp_shuffled"]["color"] == few["imp"]["color"]  # of a few a control has its arm's

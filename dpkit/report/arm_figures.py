@@ -1,6 +1,7 @@
 """Figures over many arms: a panel a family, differences seed by seed, and what the searches cost."""
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ FEW = 6  # so many arms still fit one panel
 REFERENCES = ("imp", "random")  # in every panel
 LINES = ("-", "--", ":", "-.")
 LIGHT = ("#F0E442", "#9ADBC5")  # colours that need a rim on white
+CROWD = 4  # so many arms of one colour can be told apart by their lines and markers
+#: colours of what was changed, for where a crowd of controls has the colours of their arms
+CHANGES = {"_weights": "#0072B2", "_norm_only": "#56B4E9", "_shuffled": "#009E73", "_reinit": "#D55E00", "_signs": "#CC79A7",
+           "_borrowed": "#E69F00", "_transferred": "#5B1F4A"}
 SPARE_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">")
 
 
@@ -26,11 +31,16 @@ def look(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line style of each arm, so that no two of the ``names`` look alike.
 
     An arm has its own colour and marker; where another has taken them (controls have their arm's) the line style changes, and the
-    marker to one that is free.
+    marker to one that is free. Where more than four have one colour, controls have one for what was changed instead, and a line
+    style for their arm.
     """
     found: dict[str, dict[str, Any]] = {}
+    names = list(names)
+    shades = Counter(map(colour, names))
     for name in names:
         shade, marker = colour(name), MARKERS.get(split(name)[0].removesuffix("_soft"), "o")
+        if split(name)[1] and shades[shade] > CROWD:
+            shade = CHANGES[split(name)[1][-1]]
         taken = [style for style in found.values() if style["color"] == shade]
         used = [style["marker"] for style in found.values()]
         if marker in used:
