@@ -108,6 +108,22 @@ def test_statistics_are_compared_in_a_network_that_has_them(done):
     assert {e.unit.parents["a"].key for e in own} <= {e.unit.parents["a"].key for e in made.connectivity()}
 
 
+def test_statistics_are_compared_where_repair_has_something_to_do(done):
+    """In a ResNet the ends of blocks are repaired as well."""
+    store, _ = done
+    rows = plan(**SETTINGS | {"statistics_arch": "resnet10:2", "seeds": 1, "arms": ("imp",), "between_arms": ("imp",),
+                              "spawn_arms": ("imp",)}).statistics()
+    assert {(e.place["arch"], e.place["norm"]) for e in rows} == {("resnet10", "batch")}
+    assert {(e.unit.spec["model"]["arch"], e.unit.spec["model"]["width"]) for e in rows} == {("resnet10", 2)}
+    assert not compute(store, [e.unit for e in rows], device="cpu", workers=1).errors
+    losses = {e.place["statistics"]: store.get(e.unit.key).tensors["losses"] for e in rows}
+    assert not torch.allclose(losses["reestimate"][1:-1], losses["repair"][1:-1], rtol=1e-4)
+    with pytest.raises(ValueError, match="statistics_arch must be ARCH:WIDTH, such as resnet10:8, or nothing; got 'resnet10'"):
+        plan(**SETTINGS | {"statistics_arch": "resnet10"})
+    with pytest.raises(ValueError, match="statistics_arch must be"):
+        plan(**SETTINGS | {"statistics_arch": "unheard:3"})
+
+
 def test_a_layer_that_moves_alone(done):
     store, made = done
     rows = made.layers()

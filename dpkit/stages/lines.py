@@ -15,7 +15,7 @@ from dpkit.stages.unit import Unit
 class Lines(Places):
     """Paths between networks of a study."""
 
-    normed: dict[str, Lines] = field(default_factory=dict, repr=False)  # the units of this study with another norm
+    normed: dict[str, Lines] = field(default_factory=dict, repr=False)  # the units of this study with another network
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,19 +60,20 @@ class Lines(Places):
         return rows
 
     def statistics(self) -> list[Entry]:
-        """Paths in a network with BatchNorm, with each kind of statistics on the way."""
-        study, norm = self.study, self.study.measured_norm
+        """Paths in a network with BatchNorm, maybe of another architecture, with each kind of statistics on the way."""
+        study, network = self.study, self.study.measured_network
         if not study.statistics_arms:
             return []
-        if norm == study.norm:
+        norm, name = network["norm"], ":".join(map(str, network.values()))
+        if network == {"arch": study.arch, "width": study.width, "norm": study.norm}:
             other = self
         else:
-            other = self.normed.setdefault(norm, Lines(study.replace(norm=norm), self.identity))
+            other = self.normed.setdefault(name, Lines(study.replace(**network, statistics_arch=""), self.identity))
         rows = []
         for place, ends, label in other.pairs(study.statistics_arms):
             for kind in STATISTICS:
                 unit = other._path(ends, f"{label}, norm {norm}, {kind}", statistics=kind)
-                rows.append(Entry(place | {"statistics": kind, "norm": norm}, unit))
+                rows.append(Entry(place | {"statistics": kind, "arch": network["arch"], "norm": norm}, unit))
         return rows
 
     @property

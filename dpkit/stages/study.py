@@ -5,6 +5,7 @@ Profiles: :mod:`dpkit.stages.profiles`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dpkit.connectivity import STATISTICS, PathSpec
 from dpkit.hessian import HessianSpec, SharpnessSpec, SparseSpec
@@ -26,8 +27,9 @@ class Study(Making):
     Connectivity: points on a path, statistics (BatchNorm on the way), path_precision (of paths and planes), path_tolerance
     (``error_tolerance`` of ``PathSpec``), train_path_images (training images on which paths are measured too; 0: none);
     statistics_arms, whose paths are measured with each kind of statistics, in a network with statistics_norm (``same``: the
-    study's own); spawn_arms, whose children also part at each of spawn_epochs, for spawn_seeds initialisations (0: all);
-    layer_arms, whose paths are measured layer by layer; between_arms, connected with each other and from round to round.
+    study's own), of statistics_arch (``ARCH:WIDTH``; nothing: the study's own); spawn_arms, whose children also part at each of
+    spawn_epochs, for spawn_seeds initialisations (0: all); layer_arms, whose paths are measured layer by layer; between_arms,
+    connected with each other and from round to round.
 
     Landscapes, at plane_round (0: the last measured one), on plane_images, with plane_compile: plane_arms (of the first
     initialisation, planes through three children), plane_resolution, plane_sets (small sets on which they are measured too),
@@ -61,6 +63,7 @@ class Study(Making):
     train_path_images: int = 0
     statistics_arms: tuple[str, ...] = ()
     statistics_norm: str = "batch"
+    statistics_arch: str = ""
     spawn_arms: tuple[str, ...] = ()
     spawn_epochs: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     spawn_seeds: int = 0
@@ -134,7 +137,7 @@ class Study(Making):
             wrong = [f"{epoch:g}" for epoch in self.spawn_epochs if not 0 < epoch < self.epochs]
             self.require(not wrong, f"spawn_epochs must lie between 0 and epochs ({self.epochs}), got {', '.join(wrong)}")
         self.one_of("statistics", STATISTICS)
-        self.measured_norm  # noqa: B018
+        self.measured_network  # noqa: B018
         # each specification checks its own fields; what it calls them is put in the words of this file
         checked(lambda: self.robustness, images="robust_images")
         checked(lambda: self.path, precision="path_precision", error_tolerance="path_tolerance")
@@ -174,12 +177,16 @@ class Study(Making):
                         error_tolerance=self.path_tolerance)
 
     @property
-    def measured_norm(self) -> str:
-        """The norm of the network whose statistics are compared."""
+    def measured_network(self) -> dict[str, Any]:
+        """The network whose statistics are compared: its arch, width and norm."""
+        arch, _, width = self.statistics_arch.partition(":")
+        self.require(not self.statistics_arch or width.isdigit(),
+                     f"statistics_arch must be ARCH:WIDTH, such as resnet10:8, or nothing; got {self.statistics_arch!r}")
         norm = self.norm if self.statistics_norm == "same" else self.statistics_norm
+        found = {"arch": arch or self.arch, "width": int(width) if width else self.width, "norm": norm}
         if self.statistics_arms:
-            checked(lambda: ModelSpec(arch=self.arch, width=self.width, norm=norm), norm="statistics_norm")
-        return norm
+            checked(lambda: ModelSpec(**found), norm="statistics_norm", arch="statistics_arch")
+        return found
 
 
 #: what has a parameter of its own for its arms, which must be among those of the study
