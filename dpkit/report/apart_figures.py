@@ -78,11 +78,12 @@ def churn(table: pd.DataFrame) -> Figure:
         axes.plot(-0.6, y, "|", color=colour(arm), markersize=9, markeredgewidth=3, clip_on=False)
     for name, shade in SHADES.items():
         axes.barh(0, 0, color=shade, label=CHURN[name])
+    axes.plot([], [], "|", color="black", markersize=11, markeredgewidth=1.4, label="what unequal errors ask for")
     counts = {place: good[(good["arm"] == place[0]) & (good["percent"] == place[1])]["seed"].nunique() for place in places}
     axes.set_yticks(range(len(places)), [f"{_named(*place)} (n = {counts[place]})" for place in places], fontsize=8)
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.set_xlim(left=-0.9)
     axes.set_xlabel("share of test images on which two children disagree (%)")
     axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=8.5, frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False, columnspacing=1.2)
     return figure

@@ -102,7 +102,7 @@ def by_family(table: pd.DataFrame, column: str, label: str, *, rule: float | Non
     stats = summary(table, ["arm", "percent"], column)
     groups = families(stats["arm"])
     if sum(map(len, groups.values())) <= FEW:
-        return against_sparsity(table, column, label, rule=rule)
+        return against_sparsity(table, column, label, rule=rule, looks=look(dict.fromkeys(stats["arm"])))
     groups = {word: [n for n in names if n not in REFERENCES] for word, names in groups.items()}
     groups = {word: names for word, names in groups.items() if names}
     figure, panels = stacked(groups, label, "sparsity (% of weights removed)")
@@ -262,7 +262,7 @@ def paths_by_family(table: pd.DataFrame) -> Figure:
         return nothing()
     groups = families(table["arm"])
     if sum(map(len, groups.values())) <= FEW:
-        return paths(table)
+        return paths(table, look(dict.fromkeys(table["arm"])))
     groups = {word: [name for name in names if name != "imp"] for word, names in groups.items()}
     groups = {word: names for word, names in groups.items() if names}
     levels = sorted({p for p in table["percent"] if p})

@@ -142,11 +142,12 @@ def whiskers(axes, x, y, low, high, horizontal: bool = False, colour: str = "bla
                   **{"xerr" if horizontal else "yerr": spread})
 
 
-def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None) -> Figure:
+def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: float | None = None,
+                     looks: Mapping[str, Mapping] | None = None) -> Figure:
     """``column`` in percent against sparsity: a line an arm, a dot a seed, 95% intervals; the dense network as a band.
 
     rule: a threshold to draw, as a fraction. The axis is then linear up to the threshold and logarithmic above, since
-    what matters is on which side a value lies.
+    what matters is on which side a value lies. looks: colour, marker and linestyle of each arm, where they are not its own.
     """
     if not len(table):
         return nothing()
@@ -163,8 +164,8 @@ def against_sparsity(table: pd.DataFrame, column: str, label: str, *, rule: floa
     for i, arm in enumerate(arms):
         part = stats[stats["arm"] == arm].sort_values("percent")
         x = part["percent"] + (i - (len(arms) - 1) / 2) * 0.6  # side by side, so that intervals do not cover one another
-        axes.plot(x, 100 * part["mean"], color=colour(arm), marker=MARKERS.get(arm, "o"), markersize=5,
-                  label=f"{title(arm)} (n = {part['n'].min()})")
+        style = {"color": colour(arm), "marker": MARKERS.get(arm, "o")} | dict((looks or {}).get(arm, {}))
+        axes.plot(x, 100 * part["mean"], **style, markersize=5, label=f"{title(arm)} (n = {part['n'].min()})")
         whiskers(axes, x, 100 * part["mean"], 100 * part["low"], 100 * part["high"], colour=colour(arm))
         good = table[(table["arm"] == arm) & table["failed"].isna()]
         for place, percent in zip(x, part["percent"], strict=True):
@@ -199,8 +200,11 @@ def mean_line(lines: pd.DataFrame) -> pd.Series:
     return found.loc[found["size"] == lines.groupby(["seed", "pair"]).ngroups, "mean"]
 
 
-def paths(table: pd.DataFrame) -> Figure:
-    """Error along the line between children: a panel for each sparsity, a thin line a pair, a thick one the mean."""
+def paths(table: pd.DataFrame, looks: Mapping[str, Mapping] | None = None) -> Figure:
+    """Error along the line between children: a panel for each sparsity, a thin line a pair, a thick one the mean.
+
+    looks: by arm, the ``linestyle`` of its mean.
+    """
     if not len(table):
         return nothing()
     levels = sorted(set(table["percent"]))
@@ -211,8 +215,8 @@ def paths(table: pd.DataFrame) -> Figure:
             lines = part[part["arm"] == arm]
             for _, line in lines.groupby(["seed", "pair"]):
                 panel.plot(line["alphas"], 100 * line["errors"], color=colour(arm), lw=0.6, alpha=0.45)
-            mean = mean_line(lines)
-            panel.plot(mean.index, 100 * mean, color=colour(arm), lw=2, label=title(arm))
+            mean, dashes = mean_line(lines), (looks or {}).get(arm, {}).get("linestyle", "-")
+            panel.plot(mean.index, 100 * mean, color=colour(arm), lw=2, ls=dashes, label=title(arm))
         panel.set(xlabel="position α on the line", title=f"{percent}% sparse" if percent else "dense")
     axes[0][0].set_ylabel("test error (%)")
     handles = {text: h for panel in axes[0] for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
