@@ -44,9 +44,10 @@ PRINTED = {
     "sharpness": {"sharpness": "length", "adaptive_sharpness": "length", "average_sharpness": "mean", "fisher_rao": "length"},
     "spectra": {"lowest_eigenvalue": "mean", "frobenius": "length", "negative_fraction": "fraction", "rank_entropy": "length",
                 "rank_participation": "length", "gn_trace": "length", "gn_top": "length", "gn_share": "mean",
-                "fisher_trace": "length", "last_layer_mean": "length"},
+                "fisher_trace": "length", "last_layer_mean": "length", "deflated_trace": "mean"},
     "diagonals": {"published_mean": "mean", "published_surviving": "mean", "published_loose": "mean"}}
-RATIOS = {"sharpness": ("sharpness", "adaptive_sharpness"), "diagonals": ("published_mean", "published_surviving")}
+RATIOS = {"sharpness": ("sharpness", "adaptive_sharpness"), "spectra": ("deflated_trace",),
+          "diagonals": ("published_mean", "published_surviving")}
 #: what is set against accuracy, and how it is called
 CORRELATED = {"trace_per_weight": "trace per surviving weight", "top_eigenvalue": "top eigenvalue", "trace": "trace",
               "sharpness": "sharpness", "adaptive_sharpness": "adaptive sharpness", "average_sharpness": "average sharpness",
@@ -59,6 +60,8 @@ REMOVED = ("removed", "removed_error", "kept", "kept_error", "all", "chance", "c
 REMOVED_NUMBERS = {"removed_excess": ("excess", "mean"), "removed_score": ("score", "mean"), "overlap": ("overlap", "fraction"),
                    "overlap_excess": ("overlap_excess", "mean"), "removal_rise": ("rise", "mean"),
                    "removal_excess": ("rise_excess", "mean")}
+CONVERGED = 0.01  # an eigenvalue is marked where its residual is within this share of it
+CONVERGENCE = ("directions", "eigenvalue", "residual", "residual_share")
 EDGE = ("steps", "epochs", "top", "top_error", "ratio", "lr")
 
 
@@ -101,10 +104,12 @@ def networks(store: Store, chapters: Mapping[str, Rows]) -> pd.DataFrame:
 def removed(store: Store, rows: Rows) -> pd.DataFrame:
     """One row for each initialisation, loss (``on``: real, or a small set) and arm: what its mask does to the *dense* network.
 
-    Columns: the place, arm, :data:`REMOVED` (mean curvature of removed and kept weights, of all, and what random masks with the
-    same layer counts remove; their difference, and in standard deviations; share of the top eigenvectors on surviving weights and
-    what is expected of random masks; rise of the loss in nats), overlap_excess (minus layerwise chance), rise_random, rise_least
-    and rise_most of random masks, rise_excess (minus their mean); failed (None), key. What is not made or failed is left out.
+    Columns: the place, arm, directions (how many top eigenvectors; the same for all arms, like the next three), eigenvalue and
+    residual of the last of them, residual_share, the largest residual over its eigenvalue; :data:`REMOVED` (mean curvature of
+    removed and kept weights, of all, and what random masks with the same layer counts remove; their difference, and in standard
+    deviations; share of the top eigenvectors on surviving weights and what is expected of random masks; rise of the loss in
+    nats), overlap_excess (minus layerwise chance), rise_random, rise_least and rise_most of random masks, rise_excess (minus
+    their mean); failed (None), key. What is not made or failed is left out.
     """
     rows, records = list(rows), []
     for place, key in rows:
@@ -116,12 +121,22 @@ def removed(store: Store, rows: Rows) -> pd.DataFrame:
             values = {name: float(found[name][i]) if name in found else math.nan for name in REMOVED}
             random = found["rise_random"][i] if "rise_random" in found else torch.empty(0)
             mean, least, most = (float(f(random)) if len(random) else math.nan for f in (torch.mean, torch.min, torch.max))
-            records.append({**place, "arm": arm, **values, "overlap_excess": values["overlap"] - values["overlap_layerwise"],
-                            "rise_random": mean, "rise_least": least, "rise_most": most, "rise_excess": values["rise"] - mean,
+            records.append({**place, "arm": arm, **_convergence(artifact.tensors), **values,
+                            "overlap_excess": values["overlap"] - values["overlap_layerwise"], "rise_random": mean,
+                            "rise_least": least, "rise_most": most, "rise_excess": values["rise"] - mean,
                             "failed": None, "key": key})
-    names = dict.fromkeys([*(name for place, _ in rows for name in place), "on", "arm", "percent", "seed", *REMOVED,
+    names = dict.fromkeys([*(name for place, _ in rows for name in place), "on", "arm", "percent", "seed", *CONVERGENCE, *REMOVED,
                            "overlap_excess", "rise_random", "rise_least", "rise_most", "rise_excess", "failed", "key"])
     return pd.DataFrame.from_records(records, columns=list(names))
+
+
+def _convergence(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How well the top eigenvectors are known, as :func:`removed` names it; NaN where that is not stored."""
+    if not {"eigenvalues", "residuals"} <= set(tensors):
+        return dict.fromkeys(CONVERGENCE, math.nan)
+    values, residuals = tensors["eigenvalues"].double(), tensors["residuals"].double()
+    worst = float((residuals / values.abs().clamp_min(1e-300)).max())
+    return dict(zip(CONVERGENCE, (len(values), float(values[-1]), float(residuals[-1]), worst), strict=True))
 
 
 def edges(store: Store, rows: Rows) -> pd.DataFrame:
@@ -133,7 +148,8 @@ def edges(store: Store, rows: Rows) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Density:
-    """A network's spectral density: values per unit of eigenvalue on a grid, with standard errors; its largest eigenvalues."""
+    """A network's spectral density: values per unit of eigenvalue on a grid, with standard errors, of which the integral is 1;
+    those of its largest eigenvalues that converged; size, how many eigenvalues there are."""
 
     arm: str
     percent: int
@@ -152,8 +168,10 @@ def densities(store: Store, rows: Rows) -> list[Density]:
         if store.has(key) and not store.get(key).failed and {"grid", "curve"} <= set(store.get(key).tensors):
             t = {name: tensor.double().numpy() for name, tensor in store.get(key).tensors.items()}
             size = int(t["size"].ravel()[0]) if "size" in t else int(store.get(key).result["size"])
+            values = t.get("eigenvalues", np.empty(0))
+            known = values[t.get("residuals", np.zeros_like(values)) <= CONVERGED * np.abs(values)]
             found.append(Density(place["arm"], int(place["percent"]), int(place["seed"]), t["grid"], t["curve"],
-                                 t.get("curve_error", np.zeros_like(t["curve"])), t.get("eigenvalues", np.empty(0)), size))
+                                 t.get("curve_error", np.zeros_like(t["curve"])), known, size))
     order = ordered(entry.arm for entry in found)
     return sorted(found, key=lambda entry: (order.index(entry.arm), entry.percent, entry.seed))
 
@@ -177,8 +195,9 @@ def _correlation_name(column: str, method: str) -> str:
 def correlation(table: pd.DataFrame, column: str, method: str = "spearman") -> Correlation | None:
     """How test accuracy goes with ``column`` over the networks of all arms, compared at equal sparsity only.
 
-    Below 0: flatter networks are more accurate. The interval draws whole initialisations; its draws belong to the number of this
-    name. None unless two networks of one sparsity differ in both. See :func:`dpkit.statistics.rank_correlation`.
+    Below 0: flatter networks are more accurate. Its bootstrap draws whole initialisations, and its draws belong to the number of
+    this name; what is printed is :func:`correlation_interval`. None unless two networks of one sparsity differ in both. See
+    :func:`dpkit.statistics.rank_correlation`.
     """
     good = comparable(table, column)
     spread = good.groupby("percent")[[column, "accuracy"]].nunique()
@@ -187,6 +206,22 @@ def correlation(table: pd.DataFrame, column: str, method: str = "spearman") -> C
     return rank_correlation(good[column].tolist(), good["accuracy"].tolist(), good["seed"].tolist(),
                             generator_for(_correlation_name(column, method), "bootstrap"), strata=good["percent"].tolist(),
                             method=method, level=LEVEL, draws=DRAWS)
+
+
+def correlation_interval(found: Correlation) -> tuple[float | None, float | None]:
+    """What is printed around a correlation: from the lower of two lower ends to the higher of two upper ends, of the bootstrap
+    over initialisations and of Fisher's z. None for a single initialisation.
+
+    From three initialisations a bootstrap has ten different draws, and where two agree an end may be the value itself; Fisher's
+    takes networks of one initialisation for independent. Each fails where the other does not. In simulations of 8 to 15 arms with
+    more or less of the variance between arms or initialisations, 300 studies each, the bootstrap held the truth in 51 to 65%, 78
+    to 86% and 85 to 90% with 2, 3 and 5 initialisations, Fisher's interval in 69 to 99%, and both together in 89 to 99%, or 86 to
+    95% where arms are drawn anew in each study as well.
+    """
+    if found.low is None:
+        return None, None
+    ends = [(found.low, found.high)] + ([] if found.fisher_low is None else [(found.fisher_low, found.fisher_high)])
+    return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def without_one_arm(table: pd.DataFrame, column: str) -> tuple[float, float] | None:
@@ -206,16 +241,18 @@ def _correlation_number(store: Store, table: pd.DataFrame, part: str, column: st
     good, name = comparable(table, column), _correlation_name(column, method)
     keys = sorted({*good[f"key_{part}"], *good["key_tickets"]})
     places = [f"{arm} {percent} {seed}" for arm, percent, seed in good[list(PLACE)].itertuples(index=False)]
-    spec = {"name": name, "kind": f"{method} correlation within sparsities", "level": LEVEL, "draws": DRAWS, "networks": places}
+    spec = {"name": name, "kind": f"{method} correlation within sparsities", "level": LEVEL, "draws": DRAWS,
+            "interval": "bootstrap over initialisations and Fisher's z together", "networks": places}
     parents = {str(i): key for i, key in enumerate(keys)}
     key = key_for("number", 1, spec, parents)
     if not store.has(key):
         found = correlation(table, column, method)
         if found is None:
             return None
+        low, high = correlation_interval(found)
         store.put(key, stage="number", version=1, spec=spec, parents=parents, seconds=0.0, label=name,
                   tensors={"values": torch.tensor(good[[column, "accuracy"]].to_numpy(), dtype=torch.float64)},
-                  result={"value": found.value, "n": found.initialisations, "low": found.low, "high": found.high})
+                  result={"value": found.value, "n": found.initialisations, "low": low, "high": high})
     return Number(name, *(store.get(key).result[field] for field in ("value", "n", "low", "high")), key)
 
 

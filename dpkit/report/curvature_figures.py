@@ -210,10 +210,13 @@ def heights(groups: Mapping[str, Sequence[str]]) -> list[float]:
 
 
 def densities(entries: Sequence[Density]) -> Figure:
-    """Spectral density, a panel an arm at its highest sparsity: thin lines are initialisations, the thick one their mean; short
-    strokes on the axis are the largest eigenvalues found. The dense network's mean is grey in all panels.
+    """Eigenvalues per unit of eigenvalue, a panel an arm at its highest sparsity: thin lines are initialisations, the thick one
+    their mean; short strokes on the axis are the largest eigenvalues, those that converged. The dense network's mean is grey in
+    all panels.
 
-    The eigenvalue's axis is linear about 0, and the density's is logarithmic down to a tenth of what a single eigenvalue gives.
+    A density times the number of eigenvalues, so that one outlier is equally high in a dense and in a sparse network, whose
+    shares of it differ. The eigenvalue's axis is linear about 0, and the other one is logarithmic down to a tenth of what a
+    single eigenvalue gives.
     """
     if not entries:
         return nothing()
@@ -225,10 +228,10 @@ def densities(entries: Sequence[Density]) -> Figure:
     unit = float(np.median(edges)) / 1000
     ends = [min(float(entry.grid.min()) for entry in shown), max(float(entry.grid.max()) for entry in shown)]
     common = unit * np.sinh(np.linspace(np.arcsinh(ends[0] / unit), np.arcsinh(ends[1] / unit), 500))
-    means = {name: np.mean([np.interp(common, e.grid, e.curve, left=0, right=0) for e in part], axis=0)
+    means = {name: np.mean([np.interp(common, e.grid, e.size * e.curve, left=0, right=0) for e in part], axis=0)
              for name, part in parts.items()}
-    floor = min(0.1 / (entry.size * np.abs(entry.grid).max()) for entry in shown)
-    top = 3 * max(float(entry.curve.max()) for entry in shown)
+    floor = min(0.1 / np.abs(entry.grid).max() for entry in shown)
+    top = 3 * max(float(entry.size * entry.curve.max()) for entry in shown)
     columns = min(3 if len(names) <= 9 else 4, len(names))
     rows = -(-len(names) // columns)
     figure, axes = new(max(4.2, 2.75 * columns + 0.4) if columns < 4 else 9.6, 1.95 * rows + 0.6, columns=columns, rows=rows,
@@ -237,7 +240,7 @@ def densities(entries: Sequence[Density]) -> Figure:
         if name != "dense" and "dense" in means:
             panel.plot(common, _visible(means["dense"], floor), color=GREY, lw=1.1)
         for entry in parts[name]:
-            panel.plot(entry.grid, _visible(entry.curve, floor), color=colour(name), lw=0.6, alpha=0.5)
+            panel.plot(entry.grid, _visible(entry.size * entry.curve, floor), color=colour(name), lw=0.6, alpha=0.5)
             panel.plot(entry.eigenvalues, np.full(len(entry.eigenvalues), 0.02), "|", color=colour(name), markersize=6, alpha=0.8,
                        markeredgewidth=0.9, transform=blended_transform_factory(panel.transData, panel.transAxes))
         panel.plot(common, _visible(means[name], floor), color=colour(name), lw=1.7)
@@ -255,7 +258,7 @@ def densities(entries: Sequence[Density]) -> Figure:
     for panel in axes.flat[max(0, len(names) - columns):len(names)]:  # the last one of each column
         panel.tick_params(axis="x", labelbottom=True, labelsize=8)
     figure.supxlabel("eigenvalue of the Hessian" + ("; grey: dense" if "dense" in means and len(names) > 1 else ""), fontsize=10)
-    figure.supylabel("density", fontsize=10)
+    figure.supylabel("eigenvalues per unit", fontsize=10)
     return figure
 
 

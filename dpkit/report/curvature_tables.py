@@ -8,9 +8,10 @@ from itertools import combinations
 import pandas as pd
 
 from dpkit.report.arms import averages, called, ordered
-from dpkit.report.curvature import CORRELATED, PRINTED, at_highest, correlation, without_one_arm
+from dpkit.report.curvature import CORRELATED, PRINTED, at_highest, correlation, correlation_interval, without_one_arm
 from dpkit.report.format import estimate_text, significant
 from dpkit.report.numbers import RANGES
+from dpkit.statistics import ratio_interval
 
 #: what a measure can be, see ``RANGES``
 CAN_BE = {name: kind for measures in PRINTED.values() for name, kind in measures.items()} | {
@@ -58,7 +59,8 @@ def _texts(table: pd.DataFrame, column: str, form: str) -> dict[tuple[str, int],
 
 
 def order_text(table: pd.DataFrame, first: str = "published_mean", second: str = "trace_per_weight") -> str:
-    """Do two measures order the arms alike at the highest sparsity? A sentence or two, of means over initialisations with both.
+    """Do two measures order the arms alike at the highest sparsity? A sentence or two, of means over initialisations with both;
+    distilled pruning against IMP by the interval of their ratios.
 
     table: of :func:`dpkit.report.curvature.networks`.
     """
@@ -74,9 +76,53 @@ def order_text(table: pd.DataFrame, first: str = "published_mean", second: str =
             + f"{len(turned)} of {len(pairs)} pairs of arms {'changes' if len(turned) == 1 else 'change'} order (means of "
             f"{good['seed'].nunique()} initialisations, whatever their intervals).")
     if {"distilled", "imp"} <= set(means.index):
-        a, b = ("flatter" if means[name]["distilled"] < means[name]["imp"] else "not flatter" for name in (first, second))
-        text += f" Distilled pruning is {a} than IMP by the published protocol and {b} by the corrected one."
+        a, b = (_compared(good, name) for name in (first, second))
+        text += f" Is distilled pruning flatter than IMP? By the published protocol: {a}; by the corrected one: {b}."
     return text
+
+
+def _compared(table: pd.DataFrame, column: str) -> str:
+    """Whether the interval of distilled pruning over IMP, by initialisation, lies below 1 or above it."""
+    both = table[table["arm"].isin(("distilled", "imp")) & (table[column] > 0)].groupby(["seed", "arm"])[column].mean().unstack()
+    ratios = (both["distilled"] / both["imp"]).dropna().tolist() if {"distilled", "imp"} <= set(both) else []
+    if len(ratios) < 2:
+        return f"not decided (n\u00a0=\u00a0{len(ratios)})"
+    ratio, low, high = ratio_interval(ratios)
+    word = "flatter" if high < 1 else "sharper" if low > 1 else "not decided"
+    return f"{word} (ratio {estimate_text(ratio, len(ratios), low, high, 'number')})"
+
+
+def convergence_text(table: pd.DataFrame) -> str:
+    """How well the dense network's top eigenvectors are known, for each loss: the worst of the networks. table: of
+    :func:`dpkit.report.curvature.removed`."""
+    good = table[table["residual_share"].notna()] if len(table) else table
+    if not len(good):
+        return "How well the sharpest directions are known: not measured."
+    parts = []
+    for on, part in good.groupby("on", sort=False):
+        worst = part.loc[part["residual_share"].idxmax()]
+        last = (part["residual"] / part["eigenvalue"].abs()).max()
+        where = "real images" if on == "real" else called(on)
+        share = significant(100 * worst["residual_share"])
+        parts.append(f"on {where} residuals of the {int(worst['directions'])} directions are at most {share}% of their eigenvalues, "
+                     f"and {significant(100 * last)}% for the last (worst of n\u00a0=\u00a0{part['seed'].nunique()} networks)")
+    return "How well the sharpest directions are known: " + "; ".join(parts) + "."
+
+
+def error_text(table: pd.DataFrame, column: str = "trace", percent: int | None = None) -> str:
+    """The standard error of probes at one network beside the deviation between initialisations, as shares of the mean: the
+    root mean square over the arms of both. table: of ``networks``; percent: a sparsity, besides the dense network; None: all."""
+    error = f"{column}_error"
+    good = table[table[column].notna() & table[error].notna()]
+    good = good if percent is None else good[good["percent"].isin((0, percent))]
+    rows = [(part[error].pow(2).mean() / part[column].mean()**2, part[column].var() / part[column].mean()**2)
+            for _, part in good.groupby(["arm", "percent"]) if len(part) > 1 and part[column].mean() != 0]
+    if not rows:
+        return "not measured"
+    probes, spread = (math.sqrt(sum(values) / len(rows)) for values in zip(*rows, strict=True))
+    return (f"{significant(100 * probes)}% from probes at one network, {significant(100 * spread)}% between initialisations "
+            f"(standard deviations, root mean square of {len(rows)} arms, n\u00a0=\u00a0{good['seed'].nunique()} "
+            "initialisations)")
 
 
 def correlation_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -84,12 +130,13 @@ def correlation_table(table: pd.DataFrame) -> pd.DataFrame:
     records = {}
     for column, word in CORRELATED.items():
         found, other = (correlation(table, column, method) for method in ("spearman", "kendall"))
-        records[word] = ["not measured"] * 7 if found is None else [
-            significant(found.value), _between(found.low, found.high), _between(found.fisher_low, found.fisher_high),
+        records[word] = ["not measured"] * 8 if found is None else [
+            significant(found.value), _between(*correlation_interval(found)), _between(found.low, found.high),
+            _between(found.fisher_low, found.fisher_high),
             _between(*(without_one_arm(table, column) or (None, None))), significant(other.value), str(found.points),
             str(found.initialisations)]
-    columns = ["Spearman", "95%, initialisations drawn anew", "95%, Fisher's z", "one arm left out", "Kendall", "networks",
-               "initialisations"]
+    columns = ["Spearman", "95%", "of it: initialisations drawn anew", "of it: Fisher's z", "one arm left out", "Kendall",
+               "networks", "initialisations"]
     return pd.DataFrame.from_dict(records, orient="index", columns=columns).rename_axis("measure")
 
 
