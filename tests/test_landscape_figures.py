@@ -202,3 +202,29 @@ def test_figures_leave_matplotlib_as_it_was():
     draw.surfaces({"imp": grid()})
     draw.contours({"imp": grid()})
     assert dict(matplotlib.rcParams) == before
+
+
+def square(**more) -> dict:
+    """A square of four children at its own corners."""
+    lines = np.linspace(0, 1, 5)
+    return {"x": lines, "y": lines, "errors": np.add.outer(lines, lines) / 4, "losses": 1 + np.add.outer(lines, lines),
+            "corners": np.array([[0.0, 0], [1, 0], [0, 1], [1, 1]]), **more}
+
+
+def test_names_of_children_lie_inside_of_a_square_and_not_on_its_numbers():
+    panel = panels(drawn(draw.squares({"dense": square()})))[0]
+    assert [(name.get_text(), name.xyann[1] > 0, name.get_va()) for name in panel.texts] == [
+        ("child 0", True, "bottom"), ("child 1", True, "bottom"), ("child 2", False, "top"), ("child 3", False, "top")]
+    plane = panels(drawn(draw.contours({"dense": grid()})))[0]  # with room around the children, names lie outside
+    assert [name.xyann[1] > 0 for name in plane.texts] == [False, False, True]
+
+
+def test_the_published_plane_names_the_two_children_that_it_holds():
+    panel = panels(drawn(draw.squares({"dense": square(form="diagonals")})))[0]
+    assert [text.get_text() for text in panel.texts] == ["child 0", "child 3"]
+
+
+def test_axes_of_surfaces_have_names():
+    first, second = panels(drawn(draw.surfaces({"dense": grid(), "imp@67": grid(0.1)})))
+    assert (first.get_xlabel(), first.get_ylabel(), first.get_zlabel()) == ("first axis", "second axis", "test loss (nats)")
+    assert second.get_xlabel() == "first axis"

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from dpkit.report import between_figures, connectivity, connectivity_figures, figures
+from dpkit.report import apart_figures, between_figures, connectivity, connectivity_figures, figures
 from dpkit.report.figures import mean_line
 
 ARMS = ("dense", "imp", "ltr", "large_batch", "distilled", "dm", "mtt", "random_real", "herding", "el2n", "snip", "grasp",
@@ -159,3 +159,37 @@ def test_mean_lines_are_of_the_positions_that_all_lines_have():
     assert mean_line(lines).to_dict() == pytest.approx({0.0: 0.15, 0.5: 0.15, 1.0: 0.15})
     thick = [line for line in figures.paths(lines).axes[0].lines if line.get_linewidth() == 2]
     assert list(thick[0].get_xdata()) == [0.0, 0.5, 1.0]
+
+
+def distances(arms, seeds: int = 2) -> pd.DataFrame:
+    """Distances by layer; all arms' first layers are equally far apart."""
+    return pd.DataFrame([{"arm": arm, "percent": 67 if arm != "dense" else 0, "seed": seed, "layer": f"conv{i}.weight",
+                          "position": i, "step": 0.1 + 0.1 * i + 0.02 * seed, "cosine": 0.9 - 0.2 * i, "failed": None}
+                         for arm in arms for seed in range(seeds) for i in range(3)])
+
+
+def test_distances_by_layer_are_drawn_from_the_input_on():
+    figure = apart_figures.layers(distances(("dense", "imp", "distilled")))
+    drawn(figure)
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_xticklabels()] == ["conv0", "conv1", "conv2"]
+    means = {line.get_label(): list(line.get_ydata()) for line in right.lines}
+    assert means["IMP, rewound to start (n = 2)"] == pytest.approx([0.9, 0.7, 0.5])
+    drawn(apart_figures.layers(distances(ARMS, 1)))
+    drawn(apart_figures.layers(distances(())))
+
+
+def test_churn_is_a_bar_of_what_it_consists_of():
+    table = made_up(("dense", "imp"), 2).assign(disagreement=0.1, churn_gains=0.03, churn_losses=0.05, churn_sideways=0.02,
+                                                churn_needless=0.08)
+    figure = apart_figures.churn(table)
+    drawn(figure)
+    bars = figure.axes[0].patches[:3]
+    assert [bar.get_width() for bar in bars] == pytest.approx([3, 5, 2])
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, 3, 8])
+    ticks = [line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"
+             and line.get_xdata()[0] == line.get_xdata()[1]]
+    assert ticks[0] == pytest.approx(2)  # the difference of the errors
+    assert len(figure.axes[0].get_yticklabels()) == 3
+    for none in (table.iloc[:0], table.assign(failed="diverged")):
+        drawn(apart_figures.churn(none))

@@ -33,7 +33,8 @@ def layers(table: pd.DataFrame) -> Figure:
                                               (-1.0, 1.0)).set_index("layer").reindex(places)
              for name, percent in order for column in ("others_barrier", "barrier")}
     lowest = 100 * min(float(stats["low"].min()) for stats in spans.values())
-    figure, axes = new(1.0 + columns * max(2.6, 0.16 * len(places) + 0.6), 1.55 * rows + 1.3, columns=columns, rows=rows,
+    tall = 1.95 if lowest < -1 else 1.55
+    figure, axes = new(1.0 + columns * max(2.6, 0.16 * len(places) + 0.6), tall * rows + 1.3, columns=columns, rows=rows,
                        sharex=True, sharey=True, squeeze=False)
     for panel, (name, percent) in zip(axes.flat, order, strict=False):
         part = good[(good["arm"] == name) & (good["percent"] == percent)]
