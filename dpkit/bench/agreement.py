@@ -1,10 +1,12 @@
 """Trace and top eigenvalue of a trained ResNet-20 by dpkit and by PyHessian, on equal data, in minutes.
 
-``python -m dpkit.bench.agreement DATA FILE`` trains ResNet-20 of width 16 for a few epochs on DATA (``npz:PATH`` and the like,
-see :class:`dpkit.data.DataSpec`), in bfloat16 and compiled, and measures the Hessian over *all* its parameters on 200 training
-images in eval mode. PyHessian has a module of its own for the network (:mod:`dpkit.bench.reference`), one batch, and as many
-probes; it has to be installed. Its published numbers for ResNet-20 are of other weights, which are not at hand here, so values
-are compared on this network. A row is a seed of probes, a quantity and a tool:
+``python -m dpkit.bench.agreement DATA FILE`` trains ResNet-20 of width 16 for a few epochs on 10,000 images of DATA
+(``npz:PATH`` and the like, see :class:`dpkit.data.DataSpec`), in bfloat16 and compiled, and measures the Hessian over *all* its
+parameters on 200 training images in eval mode. PyHessian has a module of its own for the network (:mod:`dpkit.bench.reference`),
+one batch, and as many probes; it has to be installed. Its published numbers for ResNet-20 are of other weights, which are not at
+hand here, so values are compared on this network.
+
+A row is a seed of probes, a quantity and a tool:
 
 value, error  trace: of Hutchinson's estimate and its standard error over the probes; top eigenvalue: and ||H v - value v|| of the
               unit vector v that the tool gives, by the same product for both
@@ -30,7 +32,7 @@ from dpkit.hessian import Operator
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec
 
-SEEDS, IMAGES, PROBES, STEPS, TOLERANCE = 3, 200, 50, 40, 1e-4
+SEEDS, TRAIN, IMAGES, PROBES, STEPS, TOLERANCE = 2, 10_000, 200, 30, 20, 1e-3
 MODEL = ModelSpec(arch="resnet20", width=16)
 RECIPE = TrainSpec(epochs=3, batch_size=100, lr=0.2, schedule="onecycle", augment=AugmentSpec(operations="flip_crop"), cutmix=0.0,
                    precision="bf16", compile=True)
@@ -107,16 +109,18 @@ def _residual(op: Operator, vector: Tensor, value: float) -> float:
 
 
 def main(spec: str, path: str) -> None:
-    """Write the rows to ``path``."""
+    """Write the rows to ``path``, each as soon as it is known."""
     cores.keep_memory()
-    found = []
-    for row in rows(DataSpec(dataset=spec)):
-        found.append({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        print(found[-1], file=sys.stderr, flush=True)
     with Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+        writer = None
+        for row in rows(DataSpec(dataset=spec, train=TRAIN)):
+            shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            if writer is None:
+                writer = csv.DictWriter(file, list(shown), lineterminator="\n")
+                writer.writeheader()
+            writer.writerow(shown)
+            file.flush()
+            print(shown, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -118,20 +118,21 @@ class Operator(Weights):
     @classmethod
     def from_spec(cls, spec: HessianSpec, model: ModelSpec, params: Params, buffers: Buffers, images: Tensor,
                   labels: Tensor, mask: Mask | None = None, chunk: int | None = None,
-                  keep: int | None = None, *, compile: bool | str = False, threads: int | None = None,
-                  memory: int | None = None) -> Self:
+                  keep: int | None = None, *, compile: bool | str = False, products: int | None = None,
+                  threads: int | None = None, memory: int | None = None) -> Self:
         """The operator that ``spec`` describes, on the :func:`subset` of ``spec.images`` of the images given.
 
         Images normalised and un-augmented, except for a protocol that asks for an augmented batch
-        (:meth:`HessianSpec.published`): then they are that batch; the rest as for the class. Raises ``ValueError`` as the class
+        (:meth:`HessianSpec.published`): then they are that batch; products: None: those of the specification;
+        the rest as for the class. Raises ``ValueError`` as the class
         does, and where there are fewer than ``spec.images``.
         """
         index = subset(labels, spec.images).to(images.device)
         names = models.prunable(model) if spec.scope == "weights" else tuple(params)
+        products = spec.probes + spec.lanczos_steps if products is None else products
         return cls(model, params, buffers, images[index], labels[index.to(labels.device)], mask, names, chunk,
-                   keep, dtype=getattr(torch, spec.dtype), compile=compile,
-                   products=spec.probes + spec.lanczos_steps, threads=threads, matrix=spec.matrix, mode=spec.mode,
-                   include_pruned=spec.include_pruned, memory=memory, precision=spec.precision)
+                   keep, dtype=getattr(torch, spec.dtype), compile=compile, products=products, threads=threads,
+                   matrix=spec.matrix, mode=spec.mode, include_pruned=spec.include_pruned, memory=memory, precision=spec.precision)
 
     @property
     def batched(self) -> bool:

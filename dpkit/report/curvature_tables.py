@@ -104,8 +104,9 @@ def convergence_text(table: pd.DataFrame) -> str:
         last = (part["residual"] / part["eigenvalue"].abs()).max()
         where = "real images" if on == "real" else called(on)
         share = significant(100 * worst["residual_share"])
-        parts.append(f"on {where} residuals of the {int(worst['directions'])} directions are at most {share}% of their eigenvalues, "
-                     f"and {significant(100 * last)}% for the last (worst of n\u00a0=\u00a0{part['seed'].nunique()} networks)")
+        parts.append(f"on {where} residuals of the {int(worst['directions'])} directions are at most {share}% of their "
+                     f"eigenvalues, and {significant(100 * last)}% for the last (worst of "
+                     f"n\u00a0=\u00a0{part['seed'].nunique()} networks)")
     return "How well the sharpest directions are known: " + "; ".join(parts) + "."
 
 

@@ -182,9 +182,11 @@ def measure_diagonal(context: Context, unit: Unit, parents: Mapping[str, Artifac
     chosen = hessian.subset(dataset.train.labels, min(spec.images, len(dataset.train)))
     images = normalise(dataset.train.images[chosen], dataset.mean, dataset.std)
     images = augment(AugmentSpec(operations=unit.spec["augment"]), images, tree.generator_for(seed, "augment")).to(context.device)
-    mask = _mask(context, parents)
+    mask, entries = _mask(context, parents), models.count_prunable(model)
+    kept = entries if mask is None else sum(int(mask[name].sum()) for name in models.prunable(model))
     op = Operator.from_spec(spec.replace(images=len(images)), model, *on_device(context.device, parents["network"]), images,
-                            dataset.train.labels[chosen].to(context.device), mask=mask, compile="auto")
+                            dataset.train.labels[chosen].to(context.device), mask=mask, compile="auto",
+                            products=spec.probes + (kept if kept <= unit.spec["limit"] else 0))
     survives = torch.ones(op.size, dtype=torch.bool)
     if mask is not None:
         survives = op.flatten({name: mask[name] for name in op.names}).cpu()
