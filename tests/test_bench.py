@@ -228,12 +228,23 @@ def test_rounding_is_measured_from_equal_probes():
 def test_spectra_agree_with_pyhessian_and_judge_errors():
     pytest.importorskip("pyhessian")
     model, recipe = {"arch": "convnet3", "width": 2, "image_size": 16}, spectra.RECIPE.replace(epochs=1)
-    ours, theirs = spectra.ours(model, 20, compile=False, recipe=recipe)(), spectra.pyhessian(model, 20, recipe=recipe)()
-    assert ours["top"] == pytest.approx(ours["truth"], rel=1e-4)
-    assert theirs["top"][0] == pytest.approx(ours["truth"][0], rel=0.05)
-    assert theirs["products"] > 2 * spectra.DEPTH + spectra.PROBES
-    assert abs(ours["trace"] - theirs["trace"]) < 5 * ours["error"]
+    ours = spectra.ours(model, 20, (30, 5, 12, 20), compile=False, recipe=recipe)()
+    theirs = spectra.pyhessian(model, 20, recipe=recipe)()
+    truth, run, other = ours["truth"], ours["runs"][0], theirs["runs"][0]
+    assert run["top"] == pytest.approx(truth["top"], rel=1e-4)
+    assert other["top"][0] == pytest.approx(truth["top"][0], rel=0.05)
+    # Lanczos, the five pairs' images, probes, two directions; PyHessian's power iteration takes what it takes
+    assert run["products"] == 30 + 5 + 12 + 2 * 20
+    assert other["products"] > 2 * spectra.DEPTH + spectra.PROBES
+    assert abs(run["trace"] - truth["trace"]) < 5 * ours["error"]
+    assert abs(other["trace"] - truth["trace"]) < 5 * theirs["error"]
     note, why = spectra.verdict(ours, theirs)
-    assert f"products {ours['products']} and {theirs['products']}" in note
+    assert f"products {run['products']}, {other['products']}" in note
     assert not why
-    assert spectra.verdict(ours | {"top": [2 * v for v in ours["top"]]}, theirs)[1].startswith("our error is larger")
+    # the same runs with one error made larger: no ratio, and the row says which. By much, since a power iteration that finds a
+    # negative eigenvalue is far off itself
+    doubled = ours | {"runs": [run | {"top": [9 * v for v in run["top"]]}]}
+    assert spectra.verdict(doubled, theirs)[1].startswith("our error is larger (top)")
+    assert spectra.verdict(ours | {"error": 2 * theirs["error"]}, theirs)[1].startswith("our error is larger (trace)")
+    moved = ours | {"runs": [run | {"nodes": 2 * run["nodes"]}]}
+    assert spectra.verdict(moved, theirs)[1].startswith("our error is larger (moments")

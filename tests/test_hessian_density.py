@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpkit import models, tree
-from dpkit.hessian import Density, Operator, spectral_density, trace
+from dpkit.hessian import Density, Operator, spectral_density, top_eigenpairs, trace
+from dpkit.hessian.deflate import Deflated
 from dpkit.models import ModelSpec
 
 
@@ -149,3 +150,17 @@ def test_what_makes_no_sense_is_refused():
     ]:
         with pytest.raises(ValueError, match=line):
             call()
+
+
+def test_directions_that_were_taken_out_for_another_estimate_serve_the_density_too():
+    op = with_spectrum(SPECTRA["bulk and outliers"])
+    pairs = top_eigenpairs(op, 10, 60, generator("pairs"))
+    rest = Deflated(op, pairs.vectors)
+    found, again = (spectral_density(op, 3, 8, generator("shared"), given) for given in (rest, pairs))
+    assert torch.allclose(found.nodes, again.nodes, atol=1e-12)
+    assert torch.allclose(found.weights, again.weights, atol=1e-12)
+    assert (found.products, again.products, found.known) == (3 * 8, 3 * 8 + 10 + pairs.products, 10)
+    small = with_spectrum([1.0, 2.0, 3.0])
+    whole = Deflated(small, torch.eye(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"pairs must be fewer than 3 \(the dimension\)"):
+        spectral_density(small, 2, 1, generator(0), whole)

@@ -1,7 +1,7 @@
 """The rows of the table: which work, ours and the reference's, and the ratio that is asked for."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,11 +138,16 @@ def product_row(id: str, name: str, model: Mapping[str, Any], others: Mapping[st
                verdict=rounded if low else None)
 
 
-def spectra_row(id: str, name: str, model: Mapping[str, Any], images: int, quick: bool, pairs: int) -> Row:
-    """Trace, top five and density of a trained network, to equal error; in minutes, as the reference takes long."""
+def spectra_row(id: str, name: str, model: Mapping[str, Any], images: int, budget: Sequence[int], quick: bool,
+                pairs: int) -> Row:
+    """Trace, top five and density of a trained network, to equal error; in minutes, as the reference takes long.
+
+    budget: our products, the fields of :class:`dpkit.bench.spectra.Budget`.
+    """
     same = {"model": {**model, "image_size": 16}, "images": images}
     return Row(id, f"trace, top-5, density to equal error, {name} on shapes, {images} images", "runs/s",
-               PYHESSIAN[0], 3.0, Job("dpkit.bench.spectra:ours", 1, {**same, "compile": not quick}, True, 1, True, warm=1),
+               PYHESSIAN[0], 3.0,
+               Job("dpkit.bench.spectra:ours", 1, {**same, "budget": budget, "compile": not quick}, True, 1, True, warm=1),
                Job("dpkit.bench.spectra:pyhessian", 1, same, warm=0), {}, pairs, verdict=spectra.verdict)
 
 
@@ -153,7 +158,7 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, 2),
                  matching_row(SMALL, True, 2), path_row("path", SMALL, 25, 100, "fp32", True, 2),
                  product_row("product", SMALL, model, {CONTROL: {"keep": True}}, 2, True, 2),
-                 spectra_row("spectra", "ConvNet-3-4", {"arch": "convnet3", "width": 4}, 20, True, 1)]
+                 spectra_row("spectra", "ConvNet-3-4", {"arch": "convnet3", "width": 4}, 20, (30, 5, 20, 20), True, 1)]
         small = [replace(row, target=None) for row in small]  # the targets are for other networks
         return [*small, passes_row("path-passes", SMALL, 25, 1000, 2)]  # but for this one, which holds on any
     middle, ten, eighteen = {"arch": "convnet3", "width": 64}, NETWORKS["ResNet-10-32"], NETWORKS["ResNet-18-32"]
@@ -174,8 +179,9 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         product_row("product-resnet10", "ResNet-10-32", ten, {}, 4, False, 5, "bf16"),
         product_row("product-resnet18", "ResNet-18-32", eighteen, {}, 4, False, 3),
         product_row("product-resnet18", "ResNet-18-32", eighteen, {}, 4, False, 5, "bf16"),
-        spectra_row("spectra", "ConvNet-3-64", middle, 100, False, 2),
-        spectra_row("spectra-resnet10", "ResNet-10-32", ten, 100, False, 1),
+        spectra_row("spectra", "ConvNet-3-64", middle, 100, (20, 5, 12, 16), False, 3),
+        spectra_row("spectra-resnet10", "ResNet-10-32", ten, 100, (14, 5, 4, 8), False, 3),
+        spectra_row("spectra-resnet18", "ResNet-18-32", eighteen, 100, (14, 5, 4, 8), False, 3),
     ]
 
 

@@ -137,7 +137,7 @@ class Density:
 
 
 def spectral_density(op: LinearOperator, probes: int, steps: int, generator: torch.Generator,
-                     pairs: Eigenpairs | None = None) -> Density:
+                     pairs: Eigenpairs | Deflated | None = None) -> Density:
     """The spectrum's density from ``probes`` random directions of ``steps`` Lanczos products each.
 
     Stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017, Fast estimation of tr(f(A)) via stochastic Lanczos quadrature;
@@ -153,10 +153,12 @@ def spectral_density(op: LinearOperator, probes: int, steps: int, generator: tor
     is counted as 0.1 as well as 3, and high moments, which it makes up, are known to sqrt(2 / probes) only. With ``pairs`` such
     eigenvalues count as what they are, one each, and directions are drawn in the complement of their vectors. The rules are then
     those of P H P (:class:`dpkit.hessian.deflate.Deflated`), and traces of powers are off by the squares of the pairs' residuals,
-    which should be small beside the eigenvalues that matter.
+    which should be small beside the eigenvalues that matter. A :class:`dpkit.hessian.deflate.Deflated` of ``op`` stands for its
+    basis; it was made for another estimate and costs nothing here.
 
     op symmetric (n, n); probes at least 2; steps from 1 to n (with k pairs n - k), and as many vectors of length n in memory; CPU
-    generator; pairs fewer than n, their products count with the density's. Fewer products are spent where a space closes early.
+    generator; pairs fewer than n; products of pairs count with the density's, those of a ``Deflated`` do not. Fewer products are
+    spent where a space closes early.
     Raises ``ValueError`` outside these ranges.
     """
     check_whole(probes=probes, steps=steps)
@@ -170,24 +172,25 @@ def spectral_density(op: LinearOperator, probes: int, steps: int, generator: tor
     return Density(nodes, weights, products, op.size)
 
 
-def _around(op: LinearOperator, probes: int, steps: int, generator: torch.Generator, pairs: Eigenpairs) -> Density:
+def _around(op: LinearOperator, probes: int, steps: int, generator: torch.Generator, pairs: Eigenpairs | Deflated) -> Density:
     """The density with eigenvalues that are known, each of weight 1 / n, beside rules for the rest."""
-    if len(pairs.vectors) != op.size or pairs.vectors.shape[1] >= op.size:
-        raise ValueError(f"pairs must be fewer than {op.size} (the dimension) vectors of that length, "
-                         f"got {tuple(pairs.vectors.shape)}")
-    known = pairs.vectors.shape[1]
+    made = isinstance(pairs, Deflated)
+    vectors = pairs.basis if made else pairs.vectors
+    if len(vectors) != op.size or vectors.shape[1] >= op.size:
+        raise ValueError(f"pairs must be fewer than {op.size} (the dimension) vectors of that length, got {tuple(vectors.shape)}")
+    known = vectors.shape[1]
     if probes < 2:
         raise ValueError(f"probes must be >= 2 to give an error bar, got {probes}")
     if not 1 <= steps <= op.size - known:
         raise ValueError(f"steps must lie in [1, {op.size - known}] (the dimension without {known} pairs), got {steps}")
-    rest = Deflated(op, pairs.vectors)
+    rest = pairs if made else Deflated(op, vectors)
     nodes, weights, products = _rules(rest, probes, steps, generator, rest)
     # On Q's columns H is known by Q'HQ; its eigenvalues are the pairs' own where these are orthonormal.
     inner = (rest.basis.T @ rest.image).double().cpu()
     values = torch.linalg.eigvalsh((inner + inner.T) / 2)
     return Density(torch.cat([nodes, values.expand(probes, known)], 1),
                    torch.cat([weights * (1 - known / op.size), torch.full((probes, known), 1 / op.size, dtype=torch.float64)], 1),
-                   products + rest.products + pairs.products, op.size, known)
+                   products + (0 if made else rest.products + pairs.products), op.size, known)
 
 
 def _rules(op: LinearOperator, probes: int, steps: int, generator: torch.Generator,
