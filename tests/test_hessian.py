@@ -47,7 +47,7 @@ def problem(spec: ModelSpec, sparsity=0.0, soft=False, count=IMAGES):
 
 def dense_hessian(spec, params, buffers, images, labels, mask, names) -> Tensor:
     """Column-wise double backward with respect to the flat vector of surviving entries."""
-    keep = tree.flatten(mask or {n: torch.ones_like(params[n], dtype=torch.bool) for n in names}, names)
+    keep = tree.flatten({n: (mask or {}).get(n, torch.ones_like(params[n], dtype=torch.bool)) for n in names}, names)
     places = keep.nonzero().squeeze(1)
     chosen = {n: params[n] for n in names}
 
@@ -66,7 +66,7 @@ CASES = {
     "convnet, masked": (CONVNET, 0.5, False, None),
     "convnet, soft labels, masked": (CONVNET, 0.3, True, None),
     "convnet with BatchNorm, masked": (CONVNET_BATCH, 0.2, False, None),
-    "resnet, masked": (RESNET, 0.8, False, None),
+    "resnet, some names, masked": (RESNET, 0.2, False, RESNET_PART),
     "resnet, some names": (RESNET, 0.0, False, RESNET_PART),
 }
 
