@@ -312,6 +312,8 @@ def page(monkeypatch, tmp_path):
             f'{s},"reference, an operation an image",{a}\n' for s, a in ((0, 0.5), (1, 0.7))), encoding="utf-8")
         (source / "r.csv").write_text("network,seed,rounding,trace,error,shift,left,top,top_left\n"
                                       "N,0,0.004,9,2,-0.1,0.02,0.01,1e-4\nN,1,0.006,9,1,0.2,0.01,0.03,2e-4\n", encoding="utf-8")
+        (source / "g.csv").write_text("seed,quantity,tool,value,error,products\n0,trace,dpkit,1234.5,6.25,30\n"
+                                      "0,top eigenvalue,dpkit,99.5,0.01,20\n1,trace,PyHessian,1200,7,30\n", encoding="utf-8")
         (source / "conf.py").write_text("extensions = ['myst_parser', 'speed_tables']\n", encoding="utf-8")
         warnings = io.StringIO()
         with docutils_namespace():
@@ -323,17 +325,19 @@ def page(monkeypatch, tmp_path):
 
 def test_the_page_shows_what_was_recorded(page):
     html, warnings = page("\n\n".join(f"```{{speed}} {kind} b.jsonl\n```" for kind in ("ratios", "floor", "absent", "machine"))
-                          + "\n\n```{speed} accuracy a.csv\n```\n\n```{speed} rounding r.csv\n```")
+                          + "".join(f"\n\n```{{speed}} {kind} {kind[0] if kind != 'agreement' else 'g'}.csv\n```"
+                                    for kind in ("accuracy", "rounding", "agreement")))
     assert not warnings
     for text in ("training x", "4.10\u00d7", "3.90 to 4.25 (n\u00a0=\u00a05)", "the same; memory kept", "2.20\u00d7",
                  "GPU x", "no GPU [here]", "training step", "60%", "A chip, torch 2", "60.00%", "\u22122.00 points",
-                 "0.005 (at most 0.006)", "0.12 (at most 0.2)", "0.01 (at most 0.01)", "0.02 (at most 0.03)"):
+                 "0.005 (at most 0.006)", "0.12 (at most 0.2)", "0.01 (at most 0.01)", "0.02 (at most 0.03)",
+                 "PyHessian", "1,234", "6.25", "99.5"):
         assert text in html, text
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("```{speed} ratios nothing.jsonl\n```", "nothing.jsonl is missing"),
-    ("```{speed} rations b.jsonl\n```", "there is no table 'rations'; there are accuracy, rounding, ratios"),
+    ("```{speed} rations b.jsonl\n```", "there is no table 'rations'; there are accuracy, rounding, agreement, ratios"),
     ("```{speed} ratios a.csv\n```", "a.csv"),
 ])
 def test_a_table_that_cannot_be_made_is_a_warning(page, text, message):

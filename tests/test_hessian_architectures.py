@@ -34,7 +34,7 @@ def given(arch: str, masked: bool):
     # 1 / sqrt(fan in) times the root of six is He's initialisation, which carries a signal through many layers
     params = {n: t * (math.sqrt(6) if t.dim() == 4 and spec.norm_kind != "instance" else 1) for n, t in params.items()}
     last = models.classifier_name(spec)
-    params[f"{last}.weight"] = params[f"{last}.weight"] * (SPREAD / models.forward(spec, params, buffers, images)[0].std(0).mean())
+    params[f"{last}.weight"] = params[f"{last}.weight"] * SPREAD / models.forward(spec, params, buffers, images)[0].std(0).mean()
     # about 0, so that no class is certain: gradients of a saturated softmax are rounding
     params[f"{last}.bias"] = params[f"{last}.bias"] - models.forward(spec, params, buffers, images)[0].mean(0)
     return spec, params, buffers, images, labels, mask, names or models.prunable(spec)

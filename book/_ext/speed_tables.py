@@ -1,8 +1,8 @@
-"""Tables of the performance page, from what `dpkit bench --json` recorded.
+"""Tables of the performance page and of that on curvature, from what `dpkit bench --json` and modules beside it recorded.
 
 ``{speed}`` takes a kind of table and a file, from the book's source on: ``ratios``, ``floor``, ``absent`` or ``machine`` and
-JSON lines; ``accuracy`` or ``rounding`` and a csv file that the module of :mod:`dpkit.bench` of that name wrote. A missing or
-malformed file is a warning, so that a build with warnings as errors never prints an empty table.
+JSON lines; ``accuracy``, ``rounding`` or ``agreement`` and a csv file that the module of :mod:`dpkit.bench` of that name wrote.
+A missing or malformed file is a warning, so that a build with warnings as errors never prints an empty table.
 """
 from __future__ import annotations
 
@@ -105,13 +105,22 @@ def rounding(rows: list[dict[str, str]]) -> Rows:
             "Top five, relative", "with a product in fp32 each", "n"), lines
 
 
+def agreement(rows: list[dict[str, str]]) -> Rows:
+    """One line a quantity, tool and seed of probes: value, error and products."""
+    order = list(dict.fromkeys(row["quantity"] for row in rows))
+    found = sorted(rows, key=lambda row: (order.index(row["quantity"]), row["tool"], int(row["seed"])))
+    lines = [(row["quantity"], row["tool"], row["seed"], number(float(row["value"])), number(float(row["error"])),
+              row["products"]) for row in found]
+    return ("Quantity", "Tool", "Seed", "Value", "Error", "Products"), lines
+
+
 def _interval(mean: float, low: float | None, high: float | None, unit: str) -> str:
     text = f"{mean:.2f}{unit}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
     return text.replace("-", "\u2212")
 
 
 TABLES = {"ratios": ratios, "floor": floor, "absent": absent, "machine": machine}
-SHEETS = {"accuracy": accuracy, "rounding": rounding}
+SHEETS = {"accuracy": accuracy, "rounding": rounding, "agreement": agreement}
 
 
 class SpeedDirective(SphinxDirective):
