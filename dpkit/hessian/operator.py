@@ -132,7 +132,8 @@ class Operator(Weights):
         products = spec.probes + spec.lanczos_steps if products is None else products
         return cls(model, params, buffers, images[index], labels[index.to(labels.device)], mask, names, chunk,
                    keep, dtype=getattr(torch, spec.dtype), compile=compile, products=products, threads=threads,
-                   matrix=spec.matrix, mode=spec.mode, include_pruned=spec.include_pruned, memory=memory, precision=spec.precision)
+                   matrix=spec.matrix, mode=spec.mode, include_pruned=spec.include_pruned, memory=memory,
+                   precision=spec.precision)
 
     @property
     def batched(self) -> bool:
