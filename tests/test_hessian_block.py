@@ -19,7 +19,7 @@ def check(op: MatrixOperator, pairs, tolerance: float = 1e-10) -> None:
     assert (pairs.residuals <= 1.01 * residuals + 20 * tolerance * matrix.abs().max()).all()
 
 
-@pytest.mark.parametrize("name", ["convnet, masked", "convnet with BatchNorm, masked", "resnet, masked",
+@pytest.mark.parametrize("name", ["convnet, masked", "convnet with BatchNorm, masked", "resnet, some names, masked",
                                   "convnet, soft labels, masked"])
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 def test_top_k_of_a_network(name, which):

@@ -31,7 +31,7 @@ def network(name: str) -> MatrixOperator:
 def operators() -> dict[str, MatrixOperator]:
     spectra = {"spread": SPREAD, "dominated": DOMINATED, "decaying": DECAYING, "steep": STEEP, "mixed signs": MIXED}
     return {name: with_spectrum(values) for name, values in spectra.items()} | {name: network(name) for name in
-                                                                                ("convnet, masked", "resnet, masked")}
+                                                                                ("convnet, masked", "resnet, some names, masked")}
 
 
 def inside(truth: float, runs: list[Estimate], level: float) -> int:
