@@ -1,6 +1,6 @@
 """Trace and top eigenvalue of a trained ResNet-20 by dpkit and by PyHessian, on equal data, in minutes.
 
-``python -m dpkit.bench.agreement DATA FILE`` trains ResNet-20 of width 16 for a few epochs on 10,000 images of DATA
+``python -m dpkit.bench.agreement DATA FILE`` trains ResNet-20 of width 16 for a few epochs on 2,000 images of DATA
 (``npz:PATH`` and the like, see :class:`dpkit.data.DataSpec`), in bfloat16 and compiled, and measures the Hessian over *all* its
 parameters on 200 training images in eval mode. PyHessian has a module of its own for the network (:mod:`dpkit.bench.reference`),
 one batch, and as many probes; it has to be installed. Its published numbers for ResNet-20 are of other weights, which are not at
@@ -32,7 +32,7 @@ from dpkit.hessian import Operator
 from dpkit.models import ModelSpec
 from dpkit.training import TrainSpec
 
-SEEDS, TRAIN, IMAGES, PROBES, STEPS, TOLERANCE = 2, 10_000, 200, 30, 20, 1e-3
+SEEDS, TRAIN, TEST, IMAGES, PROBES, STEPS, TOLERANCE = 1, 2000, 1000, 200, 30, 20, 1e-3
 MODEL = ModelSpec(arch="resnet20", width=16)
 RECIPE = TrainSpec(epochs=3, batch_size=100, lr=0.2, schedule="onecycle", augment=AugmentSpec(operations="flip_crop"), cutmix=0.0,
                    precision="bf16", compile=True)
@@ -113,7 +113,7 @@ def main(spec: str, path: str) -> None:
     cores.keep_memory()
     with Path(path).open("w", newline="", encoding="utf-8") as file:
         writer = None
-        for row in rows(DataSpec(dataset=spec, train=TRAIN)):
+        for row in rows(DataSpec(dataset=spec, train=TRAIN, test=TEST)):
             shown = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
             if writer is None:
                 writer = csv.DictWriter(file, list(shown), lineterminator="\n")
