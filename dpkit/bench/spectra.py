@@ -128,7 +128,7 @@ def pyhessian(model: dict, images: int, recipe: TrainSpec = RECIPE) -> Callable[
 
     def task() -> dict[str, Any]:
         spent[0] = 0
-        samples = [float(v) for v in computer.trace(maxIter=PROBES, tol=-1.0)]
+        samples = [float(v) for v in computer.trace(maxIter=PROBES, tol=-math.inf)]
         values, _ = computer.eigenvalues(maxIter=400, tol=TOLERANCE, top_n=TOP)
         nodes, weights = computer.density(iter=DEPTH, n_v=DIRECTIONS)
         probes.extend(samples)
