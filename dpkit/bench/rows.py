@@ -181,7 +181,7 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         product_row("product-resnet18", "ResNet-18-32", eighteen, {}, 4, False, 5, "bf16"),
         spectra_row("spectra", "ConvNet-3-64", middle, 100, (20, 5, 12, 16), False, 3),
         spectra_row("spectra-resnet10", "ResNet-10-32", ten, 100, (14, 5, 4, 8), False, 3),
-        spectra_row("spectra-resnet18", "ResNet-18-32", eighteen, 100, (14, 5, 4, 8), False, 3),
+        *([spectra_row("spectra-resnet18", "ResNet-18-32", eighteen, 100, (14, 5, 4, 8), False, 1)] if long else []),
     ]
 
 
