@@ -267,8 +267,8 @@ def test_stages_are_registered_under_the_names_that_are_stored():
     # a new version makes every stored result of that stage stale: change it when the mathematics changes, and only then
     from dpkit.stages import STAGES
 
-    first = ("distill", "published", "soften", "network", "ticket", "masks", "early_bird", "robustness", "path", "layers", "plane",
-             "square", "around", "profile", "trajectory", "sharpness")
+    first = ("distill", "published", "soften", "network", "ticket", "masks", "early_bird", "robustness", "path", "layers",
+             "plane", "square", "around", "profile", "trajectory", "sharpness")
     # distances by layer and permutations; no curvature is a failure; what results are of; early steps of the edge
     second = ("alignment", "hessian", "spectrum", "diagonal", "removed", "edge")
     assert {name: s.version for name, s in STAGES.items()} == dict.fromkeys(first, 1) | dict.fromkeys(second, 2)
