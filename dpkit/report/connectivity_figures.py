@@ -151,10 +151,9 @@ def train_and_test(train: pd.DataFrame, test: pd.DataFrame) -> Figure:
     levels, groups = sorted({int(p) for p in both["percent"] if p}), families(both["arm"]) or {"": []}
     if sum(map(len, groups.values())) <= FEW:
         groups = {"": [name for names in groups.values() for name in names]}
-    wide = min(2, len(groups))
-    rows = -(-len(groups) // wide)
-    figure, axes = new(7.4 if wide == 1 else 9.2, 4.4 if wide == 1 else 2.9 * rows + 0.4, columns=wide, rows=rows, sharex=True,
-                       sharey=True, squeeze=False)
+    # one below the other: beside the names of a family two square panels in a row would be left with no room
+    rows = len(groups)
+    figure, axes = new(7.4, 4.4 if rows == 1 else 2.8 * rows + 0.4, columns=1, rows=rows, sharex=True, sharey=True, squeeze=False)
     dense = {"dense": LOOKS[0] | {"marker": "s"}} if "dense" in set(both["arm"]) else {}
     for panel, (word, names) in zip(axes.flat, groups.items(), strict=False):
         panel.plot([-0.15, 100], [-0.15, 100], color="#777777", lw=0.9, zorder=0.5)
@@ -174,10 +173,6 @@ def train_and_test(train: pd.DataFrame, test: pd.DataFrame) -> Figure:
         panel.set_title(word, fontsize=10, loc="left")
         panel.set_aspect("equal")
         legend(panel)
-    for panel in list(axes.flat)[len(groups):]:
-        panel.axis("off")
-    for panel in axes.flat[max(0, len(groups) - wide):len(groups)]:  # the last one of each column
-        panel.tick_params(axis="x", labelbottom=True, labelsize=8)
     sizes = "; bigger marks are sparser" if len(levels) > 1 else ""
     figure.supxlabel(f"error barrier on test images (points){sizes}", fontsize=10)
     figure.supylabel("error barrier on training images (points)", fontsize=10)
