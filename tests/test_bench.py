@@ -228,13 +228,15 @@ def test_rounding_is_measured_from_equal_probes():
 def test_spectra_agree_with_pyhessian_and_judge_errors():
     pytest.importorskip("pyhessian")
     model, recipe = {"arch": "convnet3", "width": 2, "image_size": 16}, spectra.RECIPE.replace(epochs=1)
-    ours = spectra.ours(model, 20, (30, 5, 12, 20), compile=False, recipe=recipe)()
-    theirs = spectra.pyhessian(model, 20, recipe=recipe)()
+    ours = spectra.ours(model, 20, (30, 5, 20, 20), compile=False, recipe=recipe)()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(1)  # PyHessian draws from the global generator, whose state depends on what was tested before
+        theirs = spectra.pyhessian(model, 20, recipe=recipe)()
     truth, run, other = ours["truth"], ours["runs"][0], theirs["runs"][0]
     assert run["top"] == pytest.approx(truth["top"], rel=1e-4)
     assert other["top"][0] == pytest.approx(truth["top"][0], rel=0.05)
     # Lanczos, the five pairs' images, probes, two directions; PyHessian's power iteration takes what it takes
-    assert run["products"] == 30 + 5 + 12 + 2 * 20
+    assert run["products"] == 30 + 5 + 20 + 2 * 20
     assert other["products"] > 2 * spectra.DEPTH + spectra.PROBES
     assert abs(run["trace"] - truth["trace"]) < 5 * ours["error"]
     assert abs(other["trace"] - truth["trace"]) < 5 * theirs["error"]

@@ -78,24 +78,17 @@ def _theirs(op: Operator, net: nn.Module, given: tuple[Tensor, Tensor], probes: 
             generator: torch.Generator) -> dict[str, tuple[float, float, int]]:
     """PyHessian's methods as its examples call them, but for a trace that spends all its probes. It draws from torch's global
     generator, which is put back after."""
-    inner = sys.modules["pyhessian.hessian"]
-    multiply, spent = inner.hessian_vector_product, [0]
+    from pyhessian import hessian as PyHessian
 
-    def counted(*arguments: Any) -> Any:
-        spent[0] += 1
-        return multiply(*arguments)
-
-    inner.hessian_vector_product = counted
     try:
-        with torch.random.fork_rng(devices=()):
+        with torch.random.fork_rng(devices=()), reference.products_counted() as spent:
             torch.set_rng_state(generator.get_state())
-            computer = inner.hessian(net, nn.CrossEntropyLoss(), data=given, cuda=False)
+            computer = PyHessian(net, nn.CrossEntropyLoss(), data=given, cuda=False)
             # Its rule stops at a relative change below tol, which is negative where the trace is: no number above -inf will do.
             samples = torch.tensor(computer.trace(maxIter=probes, tol=-math.inf), dtype=torch.float64)
             first, spent[0] = spent[0], 0
             values, vectors = computer.eigenvalues(maxIter=400, tol=TOLERANCE, top_n=1)
     finally:
-        inner.hessian_vector_product = multiply
         net.zero_grad(set_to_none=True)  # what PyHessian leaves behind holds a graph
     names = [name for name, _ in net.named_parameters()]
     vector = op.flatten({name: part.detach() for name, part in zip(names, vectors[0], strict=True)})

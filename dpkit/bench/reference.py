@@ -8,7 +8,9 @@ on a path. Networks carry the library's parameter names, so that a test can comp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -212,3 +214,23 @@ def walk(net: nn.Module, a: dict[str, Tensor], b: dict[str, Tensor], batches: It
             seen += len(images)
         found.append((wrong / seen, total / seen))
     return found
+
+
+@contextmanager
+def products_counted() -> Iterator[list[int]]:
+    """Counts what PyHessian spends: a list whose one number is the Hessian products so far; it may be set back to 0.
+
+    PyHessian must have been imported. Its methods look the function up in their module, so the count holds for all of them.
+    """
+    inner = sys.modules["pyhessian.hessian"]
+    multiply, spent = inner.hessian_vector_product, [0]
+
+    def counted(*arguments):
+        spent[0] += 1
+        return multiply(*arguments)
+
+    inner.hessian_vector_product = counted
+    try:
+        yield spent
+    finally:
+        inner.hessian_vector_product = multiply

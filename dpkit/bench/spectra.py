@@ -19,7 +19,6 @@ is larger, the row has no ratio.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,24 +112,15 @@ def pyhessian(model: dict, images: int, recipe: TrainSpec = RECIPE) -> Callable[
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in models.prunable(spec))
     torch.eig = _eig  # PyHessian calls what torch has dropped
-    inner = sys.modules["pyhessian.hessian"]
-    multiply, spent = inner.hessian_vector_product, [0]
-
-    def counted(*arguments: Any) -> Any:
-        spent[0] += 1
-        return multiply(*arguments)
-
-    inner.hessian_vector_product = counted
     computer = PyHessian(net, torch.nn.CrossEntropyLoss(), data=(x, y), cuda=False)
-
     runs: list[dict[str, Any]] = []
     probes: list[float] = []
 
     def task() -> dict[str, Any]:
-        spent[0] = 0
-        samples = [float(v) for v in computer.trace(maxIter=PROBES, tol=-math.inf)]
-        values, _ = computer.eigenvalues(maxIter=400, tol=TOLERANCE, top_n=TOP)
-        nodes, weights = computer.density(iter=DEPTH, n_v=DIRECTIONS)
+        with reference.products_counted() as spent:
+            samples = [float(v) for v in computer.trace(maxIter=PROBES, tol=-math.inf)]
+            values, _ = computer.eigenvalues(maxIter=400, tol=TOLERANCE, top_n=TOP)
+            nodes, weights = computer.density(iter=DEPTH, n_v=DIRECTIONS)
         probes.extend(samples)
         weights = torch.tensor(weights, dtype=torch.float64)
         runs.append({"trace": sum(samples) / len(samples), "top": [float(v) for v in values], "products": spent[0],
