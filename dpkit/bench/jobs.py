@@ -159,7 +159,7 @@ def products(model: dict, count: int, images: int = 200, device: str = "cpu", **
     spec = ModelSpec(**model)
     params, buffers = (tree.to(part, device) for part in start(spec))
     x, y = (t.to(device) for t in floats(spec, images))
-    operator = hessian.Operator(spec, params, buffers, x, y, **{"keep": images, **options})
+    operator = hessian.Operator(spec, params, buffers, x, y, **{"names": tuple(params), "keep": images, **options})
     vector = torch.ones(operator.size, device=device)
 
     def task() -> dict[str, float]:

@@ -55,5 +55,16 @@ def lower(traced: fx.GraphModule, depends: set[fx.Node]) -> None:
                 user.replace_input_with(result, wide)
         if several:
             node.meta["val"] = tuple(v.to(torch.bfloat16) if isinstance(v, Tensor) else v for v in node.meta["val"])
+    # What is stored in bfloat16 for the convolutions is not stored a second time for the rest.
+    for node, copy in list(rounded.items()):
+        others = [user for user in node.users if user is not copy]
+        if node in depends and node.op != "placeholder" and others:
+            wide = converted(copy, node.meta["val"].dtype, node.meta["val"])
+            for user in others:
+                user.replace_input_with(node, wide)
+    # A number keeps its sign when it is rounded, so a ReLU's decisions can be read from what is kept for the convolutions.
+    for node in graph.nodes:
+        if node.target == aten.le.Scalar and node.args[1] == 0 and node.args[0] in rounded and node not in depends:
+            node.replace_input_with(node.args[0], rounded[node.args[0]])
     graph.lint()
     traced.recompile()

@@ -17,7 +17,7 @@ from dpkit import models, tree
 from dpkit.hessian.checks import check_labels, check_memory, full_precision, subset
 from dpkit.hessian.matrices import MATRICES, Multiply, multiplier
 from dpkit.hessian.memory import Watch, fitting
-from dpkit.hessian.product import CHUNK, MEMORY, CompiledProduct, chunk_size, worthwhile
+from dpkit.hessian.product import MEMORY, CompiledProduct, chunk_size, usual_chunk, worthwhile
 from dpkit.hessian.spec import MODES, PRECISIONS, HessianSpec
 from dpkit.hessian.weights import Weights
 from dpkit.models import ModelSpec
@@ -50,10 +50,11 @@ class Operator(Weights):
     mask     True where an entry survives; names without a mask survive whole; None: nothing is pruned
     names    parameters that make up w; None: the prunable weights
     chunk    images differentiated at once (at least 1): time and memory only, the result is the same; None:
-             100, and 50 once compiled
+             100, and once compiled less for less than 200 images, so that there are two
     keep     most images whose graphs stay in memory between products (about 5 MB an image for a ConvNet-3 of
-             width 64 at 32 x 32, half a MB once compiled); None: ``chunk``, so a single chunk is kept and several
-             are not; once compiled, as many as 2 GiB hold
+             width 64 at 32 x 32; half a MB once compiled, and three times that or more in bf16, where it speeds up
+             products); None: ``chunk``, so a single chunk is kept and several are not; once compiled, as many as
+             2 GiB hold
     dtype    torch.float32 or torch.float64; None: that of ``params``
     compile  True: compile the product on its first use (about 20 seconds in a process, less the second time on a
              machine), then about twice as fast; "auto": on a CPU, where ``products`` products are work enough to
@@ -249,17 +250,18 @@ class Operator(Weights):
             limit, memory = memory // 2, memory - memory // 2
             threads = max(1, min(threads, memory // self.peak(count if self.batched else 1)))
             memory //= threads
-        size = count if self.batched else chunk_size(count, self._chunk_of(chunk, CHUNK, memory))
+        size = count if self.batched else chunk_size(count, self._chunk_of(chunk, usual_chunk(count), memory))
 
-        def on(images: Tensor, labels: Tensor) -> CompiledProduct:
+        def on(images: Tensor, labels: Tensor, laid_out: bool = True) -> CompiledProduct:
             return CompiledProduct(self.model, {n: w.detach() for n, w in self._weights.items()}, self._fixed,
-                                   self._buffers, images, labels, size, limit, threads,
-                                   matrix=self.matrix, train=self.mode == "train", precision=self.precision)
+                                   self._buffers, images, labels, size, limit, threads, matrix=self.matrix,
+                                   train=self.mode == "train", precision=self.precision, laid_out=laid_out)
 
         # A wrong program would give a wrong spectrum without a sign of it, so a few images are compared.
         few = slice(0, count if self.batched else min(4, size))
         vector = self.unflatten(self._probe())
-        found = self.flatten(on(self._images[few], self._labels[few])([vector])[0])
+        made = on(self._images, self._labels)
+        found = self.flatten(on(self._images[few], self._labels[few], made.laid_out)([vector])[0])
         with torch.enable_grad():
             parts = self._multiplier(few)(tuple(vector.values()))
         expected = self.flatten(dict(zip(self.names, parts, strict=True))) * count
@@ -267,7 +269,7 @@ class Operator(Weights):
         allowed = 1e-2 if self.precision == "fp32" else 1e-1
         if (found - expected).norm() > allowed * expected.norm() + torch.finfo(self.dtype).tiny:
             raise ValueError("its product differs from the uncompiled one")
-        return on(self._images, self._labels)
+        return made
 
     def _probe(self) -> Tensor:
         return torch.arange(self.size, device=self.device).cos().to(self.dtype)

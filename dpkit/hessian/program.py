@@ -19,12 +19,15 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from dpkit import models
 from dpkit.hessian.bf16 import lower
 from dpkit.hessian.matrices import inner
 from dpkit.hessian.rules import Rules
+from dpkit.hessian.weight_gradients import rewritten
 from dpkit.models import ModelSpec
 from dpkit.tree import Buffers, Params
 
@@ -53,23 +56,27 @@ def arranged(tensor: Tensor) -> Tensor:
 
 
 def program(model: ModelSpec, weights: Params, fixed: Params, buffers: Buffers, images: Tensor, labels: Tensor,
-            compiled: bool = True, matrix: str = "hessian", train: bool = False, precision: str = "fp32") -> Program:
+            compiled: bool = True, matrix: str = "hessian", train: bool = False, precision: str = "fp32",
+            laid_out: bool = False) -> Program:
     """The program for tensors shaped like these; made once in a process for each model, names, shapes and dtype.
 
     Nothing but shapes enters: another network of the same model uses the same program. ``compiled`` False leaves the two
-    graphs to be interpreted, for tests. precision: "bf16" lets ``apply`` multiply in it (:mod:`dpkit.hessian.bf16`).
+    graphs to be interpreted, for tests. precision: "bf16" lets ``apply`` multiply in it (:mod:`dpkit.hessian.bf16`), and with
+    ``laid_out`` gradients to weights are matrix products there, for more bytes on the cut
+    (:mod:`dpkit.hessian.weight_gradients`).
     """
     key = (model, tuple(weights), images.dtype, images.device, tuple(images.shape), labels.dtype, compiled, matrix, train,
-           precision)
+           precision, laid_out)
     if key not in _PROGRAMS:
-        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision)
+        _PROGRAMS[key] = _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision,
+                                laid_out)
     return _PROGRAMS[key]
 
 
 _PROGRAMS: dict[tuple, Program] = {}
 
 
-def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision) -> Program:
+def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, train, precision, laid_out) -> Program:
     def outputs(weights, fixed, buffers, images):
         return models.forward(model, {**fixed, **weights}, buffers, images, train)[0]
 
@@ -96,13 +103,15 @@ def _build(model, weights, fixed, buffers, images, labels, compiled, matrix, tra
         traced = trace(product)(*given)
     # A second time, without operations in place, which a cut may not separate, and with the elementary ones spelt out.
     traced = trace(torch.func.functionalize(traced), decomposition_table=_decompositions())(*given)
-    graph = traced.graph
-    graph.eliminate_dead_code()
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    traced = _tidied(traced)
+    if precision == "bf16":
+        lower(traced, _downstream(traced.graph, _inputs(traced)[:len(weights)]))
+        if laid_out:
+            found = rewritten(traced, _downstream(traced.graph, _inputs(traced)[:len(weights)]))
+            traced = _tidied(trace(found.run)(*tree_leaves(given)))
+    graph, inputs = traced.graph, _inputs(traced)
     vectors, others = inputs[:len(weights)], inputs[len(weights):]
     output = next(node for node in graph.nodes if node.op == "output")
-    if precision == "bf16":
-        lower(traced, _downstream(graph, vectors))
     depends = _downstream(graph, vectors)
     cut = _cut(graph, depends)
     prepare, apply = _part(traced, others, cut), _part(traced, [*cut, *vectors], output.all_input_nodes)
@@ -124,6 +133,16 @@ def _decompositions() -> dict:
     return {op: rule for op, rule in table.items() if "convolution" not in str(op) and "pool" not in str(op)}
 
 
+def _tidied(traced: fx.GraphModule) -> fx.GraphModule:
+    """Without what nobody asks for and what is computed twice: otherwise a cut keeps a ReLU's decisions once for each pass."""
+    traced.graph.eliminate_dead_code()
+    return fx.GraphModule(traced, fx_graph_cse(traced.graph))
+
+
+def _inputs(traced: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in traced.graph.nodes if node.op == "placeholder"]
+
+
 def _downstream(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     found = set(sources)
     for node in graph.nodes:
@@ -135,6 +154,12 @@ def _downstream(graph: fx.Graph, sources: Iterable[fx.Node]) -> set[fx.Node]:
 def _bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
+def _weight(node: fx.Node) -> int:
+    """What keeping a tensor costs: its bytes. A mask is read so slowly by compiled code (products took 1.4 times as long) that it
+    counts as much as the float32 it was made of."""
+    return _bytes(node) * (4 if node.meta["val"].dtype == torch.bool else 1)
 
 
 def _repeatable(node: fx.Node) -> bool:
@@ -154,7 +179,7 @@ def _cut(graph: fx.Graph, depends: set[fx.Node]) -> list[fx.Node]:
             continue
         tensor = isinstance(node.meta.get("val"), Tensor)
         # One more byte each, so that of two cuts of equal size the one with fewer tensors is taken.
-        size = 0 if node.op == "placeholder" else _bytes(node) + 1 if tensor else math.inf
+        size = 0 if node.op == "placeholder" else _weight(node) + 1 if tensor else math.inf
         net.add_edge((node, "in"), (node, "out"), capacity=size)
         if not _repeatable(node) and tensor:
             net.add_edge("given", (node, "in"))

@@ -7,6 +7,8 @@ derivative of the others, and normalisation has its second derivative in one for
 """
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,41 +134,66 @@ def _mean(x: Tensor) -> Tensor:
 
 
 class Rules(TorchFunctionMode):
-    """While active, the layers of a network in eval mode are computed by the rules of this file where they apply."""
+    """While active, the layers of a network in eval mode are computed by the rules of this file where they apply.
+
+    Batch normalisation right behind a convolution becomes part of it: weights w * scale and a bias. Then nothing of the size of
+    the activations is multiplied by the scale, in any of the six passes, and its derivatives are taken among the weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What came out of a convolution, by identity, and how it was made. Tensors are held, so that no other gets their place.
+        self._convolved: dict[int, tuple[Tensor, _Made]] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         rule = RULES.get(func)
-        made = rule(*args, **(kwargs or {})) if rule else NotImplemented
+        made = rule(self, *args, **(kwargs or {})) if rule else NotImplemented
         return func(*args, **(kwargs or {})) if made is NotImplemented else made
 
+    def conv2d(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if isinstance(padding, str):
+            return NotImplemented
+        pair = [[value] * 2 if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
+        if tuple(weight.shape[2:]) == (1, 1) and pair[1] == [0, 0] and pair[0] != [1, 1]:
+            # A shortcut reads one pixel in four. Taken out first, they pass through a smaller convolution each time.
+            x, pair[0] = x[:, :, ::pair[0][0], ::pair[0][1]], [1, 1]
+        how = (*pair, groups)
+        y = Convolution.apply(x, weight, how)
+        y = y if bias is None else y + bias[:, None, None]
+        self._convolved[id(y)] = y, _Made(x, weight, bias, how)
+        return y
 
-def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if isinstance(padding, str):
-        return NotImplemented
-    pair = [[value] * 2 if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
-    y = Convolution.apply(x, weight, (*pair, groups))
-    return y if bias is None else y + bias[:, None, None]
+    def batch_norm(self, x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+        if x.dim() != 4 or training or weight is None or bias is None:
+            return NotImplemented
+        scale = weight * torch.rsqrt(running_var + eps)
+        shift = bias - running_mean * scale
+        if id(x) not in self._convolved:
+            return x * scale[:, None, None] + shift[:, None, None]
+        made = self._convolved[id(x)][1]
+        shift = shift if made.bias is None else shift + made.bias * scale
+        return Convolution.apply(made.x, made.weight * scale[:, None, None, None], made.how) + shift[:, None, None]
+
+    def group_norm(self, x, num_groups, weight=None, bias=None, eps=1e-5):
+        if x.dim() != 4 or num_groups != x.shape[1] or weight is None or bias is None:
+            return NotImplemented
+        return Standardise.apply(x, eps)[0] * weight[:, None, None] + bias[:, None, None]
+
+    def avg_pool2d(self, x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
+        height, width = x.shape[-2:]
+        if (kernel_size, stride, padding, divisor_override) != (2, None, 0, None) or height % 2 or width % 2:
+            return NotImplemented
+        return x.view(*x.shape[:2], height // 2, 2, width // 2, 2).mean((3, 5))
 
 
-def _group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
-    if x.dim() != 4 or num_groups != x.shape[1] or weight is None or bias is None:
-        return NotImplemented
-    return Standardise.apply(x, eps)[0] * weight[:, None, None] + bias[:, None, None]
+class _Made(NamedTuple):
+    """The arguments of a convolution."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    how: tuple
 
 
-def _batch_norm(x, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if x.dim() != 4 or training or weight is None or bias is None:
-        return NotImplemented
-    scale = weight * torch.rsqrt(running_var + eps)
-    return x * scale[:, None, None] + (bias - running_mean * scale)[:, None, None]
-
-
-def _avg_pool2d(x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
-    height, width = x.shape[-2:]
-    if (kernel_size, stride, padding, divisor_override) != (2, None, 0, None) or height % 2 or width % 2:
-        return NotImplemented
-    return x.view(*x.shape[:2], height // 2, 2, width // 2, 2).mean((3, 5))
-
-
-RULES = {torch.conv2d: _conv2d, F.conv2d: _conv2d, F.group_norm: _group_norm, F.batch_norm: _batch_norm,
-         F.avg_pool2d: _avg_pool2d}
+RULES = {torch.conv2d: Rules.conv2d, F.conv2d: Rules.conv2d, F.group_norm: Rules.group_norm, F.batch_norm: Rules.batch_norm,
+         F.avg_pool2d: Rules.avg_pool2d}
