@@ -41,7 +41,7 @@ test-slow: $(STAMP)  ## calibrations of the built-in data and other tests of min
 lint: $(STAMP)  ## the linter alone
 	@$(BIN)/ruff check
 
-bench: $(STAMP)  ## speed on this machine: ours against references, and against its ceilings (a quarter of an hour)
+bench: $(STAMP)  ## speed on this machine: ours against references, and against its ceilings (half an hour)
 	@$(BIN)/python -c 'import curvlinops, pyhessian' 2>/dev/null || $(PIP) -q -e '.[study,test,peers]' || \
 		echo "PyHessian and curvlinops could not be installed; their rows will say so" >&2
 	@$(BIN)/dpkit bench

@@ -22,7 +22,7 @@ def bench(as_json: Annotated[bool, typer.Option("--json", help="JSON lines on st
           only: Annotated[str, typer.Option(metavar="NAME,...", help="only these rows; `floor` for the four kernels alone")] = "",
           quick: Annotated[bool, typer.Option("--quick", help="a small network and two pairs: does it work?")] = False,
           long: Annotated[bool, typer.Option("--long", help="also rows of minutes, and on a GPU of an hour")] = False) -> None:
-    """Ours against named references, in pairs, and against what this machine can do at best. About a quarter of an hour.
+    """Ours against named references, in pairs, and against what this machine can do at best. About half an hour.
 
     Ratios are what counts: both sides run in turn, so they survive a machine whose speed drifts. Leave the machine alone
     meanwhile. References from PyPI need `pip install 'dpkit[peers]'`.
