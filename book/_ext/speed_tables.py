@@ -40,7 +40,7 @@ def ratios(records: list[dict[str, Any]]) -> Rows:
     for r in records:
         if r["kind"] in ("row", "control") and r["ratio"] is not None:
             control = r["kind"] == "control"
-            asked = "" if r["target"] is None else f"{r['target']:g}\u00d7"
+            asked = "" if r["target"] is None else f"{r['target']:.3g}\u00d7"
             name = r["name"] + (f" ({r['note']})" if r.get("note") else "")
             lines.append((f"\u2003the same; {r['reference']}" if control else name,
                           "" if control else number(r["ours"]), number(r["peer"]), r["unit"], f"{r['ratio']:.2f}\u00d7",
@@ -62,7 +62,7 @@ def floor(records: list[dict[str, Any]]) -> Rows:
 
 def absent(records: list[dict[str, Any]]) -> Rows:
     """One line a row without a ratio, and why."""
-    return ("Work", "Asked", "Why not"), [(r["name"], "" if r["target"] is None else f"{r['target']:g}\u00d7", r["why"])
+    return ("Work", "Asked", "Why not"), [(r["name"], "" if r["target"] is None else f"{r['target']:.3g}\u00d7", r["why"])
                                           for r in records if r.get("why")]
 
 

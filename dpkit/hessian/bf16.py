@@ -4,7 +4,7 @@ The point at which the Hessian is taken (weights, activations, which units of a 
 done for each vector is linear in it and made of convolutions and matrix products, with elementwise operations between. The former
 take their operands rounded to bfloat16 and add up in float32, as processors with bfloat16 do; the latter compute in float32, and
 what they give is stored in bfloat16 where it is an operand too. So the product is that of a matrix near the Hessian, a relative
-0.003 to 0.02 away for the study's networks (:attr:`Operator.rounding` measures it); :mod:`dpkit.hessian.mixed` corrects for the
+0.002 to 0.02 away for the study's networks (:attr:`Operator.rounding` measures it); :mod:`dpkit.hessian.mixed` corrects for the
 difference.
 """
 from __future__ import annotations

@@ -44,7 +44,7 @@ class CompiledProduct:
     size            images a chunk; the last one is filled up with images that do not count
     memory          bytes that may be kept between products. Where the cut of all images is larger, each call computes it
                     anew, chunk by chunk, once for all its vectors
-    laid_out        with precision "bf16": keep more, if ``memory`` holds it, and multiply faster
+    laid_out        with precision "bf16", on a CPU: keep more, if ``memory`` holds it, and multiply faster
                     (:mod:`dpkit.hessian.weight_gradients`)
     threads         chunks computed side by side on a CPU, one core each; the sum is taken in the order of the chunks, so
                     that the result does not depend on it
@@ -66,7 +66,8 @@ class CompiledProduct:
         self._weights = groups[0]
         self._tensors = [t for group in groups for t in group.values()]
         with cores.used(1):
-            for self.laid_out in (True, False) if laid_out and precision == "bf16" else (False,):
+            may = laid_out and precision == "bf16" and images.device.type == "cpu"  # on a GPU nobody has measured it
+            for self.laid_out in (True, False) if may else (False,):
                 self._program = program(model, *groups, *self._chunks[0], compiled, matrix, train, precision, self.laid_out)
                 self.kept = self._program.saved * count * size <= memory
                 if self.kept:
