@@ -22,14 +22,12 @@ CHANNELS = 64
 """Channels that come out of a product from which it beats the direct convolution: with 32 it came out level, and larger."""
 
 
-def suited(traced: fx.GraphModule, depends: set[fx.Node]) -> set[fx.Node]:
-    """The gradients to weights in a graph that :func:`rewritten` can turn into matrix products and that gain by it."""
-    return {node for node in traced.graph.nodes if node in depends and _form(node, depends)}
-
-
 def rewritten(traced: fx.GraphModule, depends: set[fx.Node]) -> fx.Interpreter:
-    """The graph as a callable that computes the gradients of :func:`suited` by matrix products; to be traced again."""
-    return _Rewritten(traced, {node: _form(node, depends) for node in suited(traced, depends)})
+    """The graph as a callable that computes gradients to weights by matrix products, where they gain by it; to be traced again.
+
+    depends: nodes that depend on the vector. Every node must carry the tensor that it gives in ``meta["val"]``.
+    """
+    return _Rewritten(traced, {node: form for node in traced.graph.nodes if node in depends and (form := _form(node, depends))})
 
 
 class _Rewritten(fx.Interpreter):
