@@ -47,6 +47,18 @@ def test_a_shorter_set_of_shapes_is_the_beginning_of_a_longer_one():
     assert not torch.equal(long.images[1000:1100], long.images[:100])  # each thousand has a seed of its own
 
 
+@pytest.mark.parametrize("classes", [2, 3, 9])
+def test_shapes_of_fewer_classes_are_those_of_all_without_the_others(classes):
+    some, every = load(DataSpec(classes=classes, train=1500, test=150)), shapes.make("train", 8000)
+    left = every.labels < classes
+    assert torch.equal(some.train.images, every.images[left][:1500])
+    assert torch.equal(some.train.labels, every.labels[left][:1500])
+    assert some.class_names == shapes.CLASSES[:classes]
+    assert some.classes == classes
+    assert len(some.test) == 150
+    assert int(some.test.labels.max()) == classes - 1
+
+
 def test_shapes_are_balanced_shuffled_and_differ_between_parts():
     train, test = shapes.make("train", 1000), shapes.make("test", 1000)
     for part in (train, test):

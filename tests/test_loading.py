@@ -51,6 +51,38 @@ def test_an_npz_file_without_a_channel_axis_is_grey(tmp_path):
     assert load(DataSpec(dataset=f"npz:{tmp_path / 'a.npz'}")).train.images.shape == (12, 1, 6, 5)
 
 
+def test_the_first_classes_of_a_file_are_kept_and_counted_before_images_are(tmp_path):
+    good = arrays()
+    np.savez(tmp_path / "a.npz", **good)
+    name = f"npz:{tmp_path / 'a.npz'}"
+    found = load(DataSpec(dataset=name, classes=2, train=6))
+    rows = good["train_labels"] < 2
+    assert found.train.labels.tolist() == [0, 1] * 3
+    assert np.array_equal(found.train.images.numpy(), good["train_images"][rows][:6].transpose(0, 3, 1, 2))
+    assert found.test.labels.tolist() == [0, 1, 0, 1]
+    assert found.class_names == ("0", "1")
+    assert found.identity["classes"] == 2
+    assert found.description == "npz:a.npz, the first 2 classes, 6 training and 4 test images"
+    assert load(DataSpec(dataset=name, classes=3)).identity == load(DataSpec(dataset=name)).identity
+    with pytest.raises(ValueError, match="train must be at most 8, the images that there are; got 9"):
+        load(DataSpec(dataset=name, classes=2, train=9))
+
+
+@pytest.mark.parametrize("classes, line", [(1, "classes must be >= 2, or 0 for all; got 1"),
+                                           (-2, "classes must be >= 2, or 0 for all; got -2"),
+                                           (4, "classes must be at most 3, the classes that there are; got 4")])
+def test_a_number_of_classes_that_cannot_be_is_refused(classes, line, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays())
+    with pytest.raises(ValueError, match=line):
+        load(DataSpec(dataset=f"npz:{tmp_path / 'a.npz'}", classes=classes))
+
+
+def test_a_part_without_any_of_the_classes_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays(test_labels=np.full(5, 2)))
+    with pytest.raises(ValueError, match="test has no image of the first 2 classes; raise classes"):
+        load(DataSpec(dataset=f"npz:{tmp_path / 'a.npz'}", classes=2))
+
+
 BAD_NPZ = {
     "field": (arrays(test_labels=None), "it lacks test_labels"),
     "type": (

@@ -29,11 +29,13 @@ class DataUnavailable(ValueError):
 class DataSpec(Spec):
     """Which images: ``dataset`` is ``shapes``, a torchvision name, ``npz:PATH`` or ``folder:PATH``.
 
-    train, test: how many images of each part to keep, the first ones (0: all; for ``shapes`` 4,000 and 2,000).
+    classes: how many classes to keep, the first ones (0: all). train, test: how many images of each part to keep, the first ones
+    of these classes (0: all; for ``shapes`` 4,000 and 2,000, however many classes they are of).
     image_size: side that ``folder:`` and ``imagenette`` images are resized and centre-cropped to, in pixels.
     """
 
     dataset: str = "shapes"
+    classes: int = 0
     train: int = 0
     test: int = 0
     image_size: int = 64
@@ -44,6 +46,7 @@ class DataSpec(Spec):
         self.require(bool(known), f"dataset must be shapes, {', '.join(TORCHVISION)}, npz:PATH or folder:PATH; "
                                   f"got {self.dataset!r}")
         self.require(self.train >= 0 and self.test >= 0, f"train and test must be >= 0, got {self.train}, {self.test}")
+        self.require(self.classes == 0 or self.classes >= 2, f"classes must be >= 2, or 0 for all; got {self.classes}")
         self.between("image_size", 8, 1024)
 
 
@@ -73,8 +76,9 @@ def load(spec: DataSpec, root: str | Path = "data") -> Dataset:
     """Load the data set, checked. Raises ``ValueError`` or :class:`DataUnavailable` with one clear line."""
     kind, _, path = spec.dataset.partition(":")
     if spec.dataset == "shapes":
-        train, test = shapes.make("train", spec.train or 4000), shapes.make("test", spec.test or 2000)
-        names: tuple[str, ...] = shapes.CLASSES
+        names: tuple[str, ...] = _some(shapes.CLASSES, spec.classes)
+        train, test = (shapes.make(part, count, len(names)) for part, count in (("train", spec.train or 4000),
+                                                                                ("test", spec.test or 2000)))
     elif kind == "npz":
         train, test, names = _npz(Path(path))
     elif kind == "folder":
@@ -82,7 +86,9 @@ def load(spec: DataSpec, root: str | Path = "data") -> Dataset:
     else:
         train, test, names = _from_torchvision(spec.dataset, Path(root), spec.image_size)
     if spec.dataset != "shapes":
-        train, test = _first(train, spec.train, "train"), _first(test, spec.test, "test")
+        names = _some(names, spec.classes)
+        train, test = (_first(_of_classes(split, spec.classes, part), count, part)
+                       for split, count, part in ((train, spec.train, "train"), (test, spec.test, "test")))
     mean, std = statistics(train.images)
     digest = hashlib.sha256()
     for part in (train, test):
@@ -91,7 +97,8 @@ def load(spec: DataSpec, root: str | Path = "data") -> Dataset:
     identity = {"kind": "shapes" if spec.dataset == "shapes" else kind, "train": len(train), "test": len(test),
                 "shape": list(train.images.shape[1:]), "classes": len(names), "sha256": digest.hexdigest()}
     label = spec.dataset if kind in ("shapes", *TORCHVISION) else f"{kind}:{Path(path).name}"
-    description = f"{label}, {len(train):,} training and {len(test):,} test images"
+    few = f"the first {len(names)} classes, " if spec.classes else ""
+    description = f"{label}, {few}{len(train):,} training and {len(test):,} test images"
     return Dataset(train, test, mean, std, names, identity, description)
 
 
@@ -110,6 +117,21 @@ def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def _line(error: Exception) -> str:
     """The first line of an error's message, or its name when it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _some(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """The first ``count`` classes (0: all)."""
+    if count > len(names):
+        raise ValueError(f"classes must be at most {len(names)}, the classes that there are; got {count}")
+    return names[:count] if count else names
+
+
+def _of_classes(split: Split, count: int, part: str) -> Split:
+    """The images of the first ``count`` classes (0: all)."""
+    rows = torch.nonzero(split.labels < count).flatten() if count else torch.arange(len(split))
+    if not len(rows):
+        raise ValueError(f"{part} has no image of the first {count} classes; raise classes, or set it to 0 for all")
+    return split.select(rows) if count else split
 
 
 def _first(split: Split, limit: int, part: str) -> Split:

@@ -87,16 +87,18 @@ def render(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def make(part: str, count: int) -> Split:
-    """The first ``count`` images of part ``"train"`` or ``"test"``; every thousand hold 100 of each class, shuffled.
+def make(part: str, count: int, classes: int = len(CLASSES)) -> Split:
+    """The first ``count`` images of part ``"train"`` or ``"test"`` that show one of the first ``classes`` classes.
 
-    Images are made in blocks of 1,000, each from a seed of its own, so a shorter part is a prefix of a longer one.
+    Images are made in blocks of 1,000, each from a seed of its own, which hold 100 of each class, shuffled. So a shorter part
+    is a prefix of a longer one, and a part of fewer classes is what is left of one of all.
     """
-    images, labels = [], []
-    for block in range(-(-count // 1000)):
+    images, labels, each = [], [], 1000 // len(CLASSES)
+    for block in range(-(-count // (each * classes))):
         rng = np.random.Generator(np.random.PCG64(seed_for("shapes", part, block)))
         # shuffled: an evenly spaced subset of classes in turn would miss some of them
-        labels.append(rng.permutation(np.arange(1000) % len(CLASSES)))
-        images.append(render(labels[-1], rng))
+        shown = rng.permutation(np.arange(1000) % len(CLASSES))
+        images.append(render(shown, rng)[shown < classes])
+        labels.append(shown[shown < classes])
     pixels = torch.from_numpy(np.concatenate(images)[:count]).permute(0, 3, 1, 2).contiguous()
     return Split(pixels, torch.from_numpy(np.concatenate(labels)[:count]))

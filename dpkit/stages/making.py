@@ -32,9 +32,9 @@ SOFT = "_soft"  # a set's name with this has a teacher's labels
 class Making(Spec):
     """What a study makes. Defaults are a small study of the built-in data set.
 
-    Data: dataset (see ``DataSpec``), train_images and test_images to keep (0: all), image_size of image folders. Network:
-    arch, width, norm. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined
-    by ``_``), cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile.
+    Data: dataset, classes, train_images and test_images to keep (0: all), image_size, as in ``DataSpec``. Network: arch, width,
+    norm. Training on real data: epochs, batch_size, lr, momentum, weight_decay, schedule, augment (operations joined by ``_``),
+    cutmix (probability), label_smoothing, nesterov, alternating_flip, precision, compile.
 
     Distillation: sets to make and compare (names of ``SETS``; with ``_soft`` behind it a set has a teacher's labels at
     soft_temperature), published sets of others as ``NAME=FILE``, ``NAME=FILE@FACTOR`` or ``NAME=FILE@whitened``, ipc,
@@ -53,6 +53,7 @@ class Making(Spec):
     """
 
     dataset: str = "shapes"
+    classes: int = 0
     train_images: int = 0
     test_images: int = 0
     image_size: int = 64
@@ -199,7 +200,8 @@ class Making(Spec):
     @property
     def data(self) -> DataSpec:
         """Which images."""
-        return DataSpec(dataset=self.dataset, train=self.train_images, test=self.test_images, image_size=self.image_size)
+        return DataSpec(dataset=self.dataset, classes=self.classes, train=self.train_images, test=self.test_images,
+                        image_size=self.image_size)
 
     @property
     def train(self) -> TrainSpec:
