@@ -138,6 +138,27 @@ def test_numbers_follow_their_schema(dpkit, here):
             assert 0 <= (record["low"] or 0) <= record["value"] <= (record["high"] or 1) <= 1
 
 
+def test_numbers_of_two_settings_are_compared_by_initialisation(dpkit, here, tmp_path, monkeypatch):
+    shutil.copytree(here / "results" / "store", tmp_path / "store")
+    monkeypatch.setenv("DPKIT_STORE", str(tmp_path / "store"))
+    numbers_of = ("numbers", "--profile", "tiny.yml")
+    assert dpkit("compute", "--profile", "tiny.yml", "--chapter", "distillation", "--set", "set_epochs=2").code == 0
+    answer = dpkit(*numbers_of, "--set", "set_epochs=2", "--minus", "set_epochs=1", "--json")
+    first = {r["name"]: r for r in numbers(dpkit)}
+    second = {r["name"]: r for r in map(json.loads, dpkit(*numbers_of, "--set", "set_epochs=2", "--json").out.splitlines())}
+    found = {r["name"]: r for r in map(json.loads, answer.out.splitlines())}
+    assert answer.code == 0
+    assert "distill.idc.accuracy_change" in found
+    for name, record in found.items():
+        assert record["value"] == pytest.approx(second[name.replace("_change", "")]["value"]
+                                                - first[name.replace("_change", "")]["value"])
+    assert "distill.all_data.accuracy_change" not in found  # the same networks in both
+    answer = dpkit(*numbers_of, "--minus", "run=5")
+    assert answer.code == 2
+    assert answer.err.strip().endswith("first run `dpkit compute --profile tiny.yml` with no --set and with --set run=5")
+    assert "--minus takes key=value, got 'run'" in dpkit(*numbers_of, "--minus", "run").err
+
+
 def test_the_table_of_numbers_holds_whole_names(dpkit, here):
     out = dpkit("numbers", "--profile", "tiny.yml").out
     assert all(f" {record['name']} " in out and record["key"][:12] in out for record in numbers(dpkit))

@@ -108,11 +108,13 @@ def _number_key(store, name: str, profile: str, settings: dict[str, str]) -> str
 
 @app.command()
 def numbers(profile: Profile = "quick", set: Settings = None,
+            minus: Annotated[list[str] | None, typer.Option(
+                metavar="KEY=VALUE", help="print changes from this setting, paired by initialisation; repeatable")] = None,
             as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = False) -> None:
     """Every number that the book prints, with n, 95% interval and key."""
     from dpkit.report.format import number_text
 
-    found = _numbers(profile, settings_of(set))
+    found = _changes(profile, settings_of(set), settings_of(minus, "--minus")) if minus else _numbers(profile, settings_of(set))
     if not found:
         raise ValueError(f"profile {profile} has no numbers yet; run `dpkit study --profile {profile}`")
     if as_json:
@@ -127,15 +129,36 @@ def numbers(profile: Profile = "quick", set: Settings = None,
     out.print(table)
 
 
+def _changes(profile: str, settings: dict[str, str], instead: dict[str, str]) -> list[dict[str, Any]]:
+    """Changes from ``settings`` with some of them set to ``instead`` to ``settings``, from the store alone."""
+    from dpkit import report
+
+    store = open_store()
+    after, before = (_stored(store, profile, which) for which in (settings, settings | instead))
+    found = [n.record() for n in report.changes(store, after, before)]
+    if not found:
+        one, other = (" ".join(f"--set {name}={value}" for name, value in which.items()) or "no --set"
+                      for which in (settings, settings | instead))
+        raise ValueError(f"the store has no number that differs between the two settings; first run "
+                         f"`dpkit compute --profile {profile}` with {one} and with {other}")
+    return found
+
+
+def _stored(store, profile: str, settings: dict[str, str]):
+    """All numbers that can be computed from what is in the store."""
+    from dpkit import report, stages
+
+    plan = plan_of(profile, settings)
+    return report.all_numbers(store, {part: [(e.place, e.unit.key) for e in getattr(plan, part)()] for part in stages.FRAMES})
+
+
 def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
     """Numbers from the store; where the store lacks them, those recorded in the book, which is said."""
-    from dpkit import project, report, stages
+    from dpkit import project, stages
 
     reason = "the store has none of them"
     try:
-        plan, store = plan_of(profile, settings), open_store()
-        parts = {part: [(e.place, e.unit.key) for e in getattr(plan, part)()] for part in stages.FRAMES}
-        found = [n.record() for n in report.all_numbers(store, parts)]
+        found = [n.record() for n in _stored(open_store(), profile, settings)]
         if found:
             return found
     except ValueError as error:

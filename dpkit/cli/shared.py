@@ -15,13 +15,13 @@ Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu 
 Workers = Annotated[int, typer.Option(help="processes on a CPU; 0 is one a core", min=0)]
 
 
-def settings_of(words: list[str] | None) -> dict[str, str]:
-    """``key=value`` words as a dictionary."""
+def settings_of(words: list[str] | None, option: str = "--set") -> dict[str, str]:
+    """``key=value`` words, as an ``option`` takes them, as a dictionary."""
     found = {}
     for word in words or []:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"--set takes key=value, got {word!r}")
+            raise ValueError(f"{option} takes key=value, got {word!r}")
         found[key.strip()] = value
     return found
 

@@ -41,6 +41,8 @@ def kind_of(name: str) -> str:
     ['percent', 'points', 'number']
     >>> kind_of("distill.idc_minus_herding.accuracy"), kind_of("hessian.distilled_over_imp.trace@89")
     ('points', 'factor')
+    >>> kind_of("tickets.imp.accuracy_change@67")
+    'points'
     """
     *places, measure = name.split("@")[0].split(".")
     arm = places[-1] if places else ""
@@ -50,7 +52,7 @@ def kind_of(name: str) -> str:
     if "loss" in words:
         return "number"
     kind = next((kind for kind, known in _WORDS if words & known), "number")
-    return "points" if kind == "percent" and "_minus_" in arm else kind
+    return "points" if kind == "percent" and ("_minus_" in arm or "change" in words) else kind
 
 
 def significant(value: float, digits: int = 3) -> str:
