@@ -1,7 +1,6 @@
 """What a notebook holds in its hand: one chapter of a study, with its computation, frames, numbers and figures."""
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from functools import cached_property
@@ -167,7 +166,9 @@ class Chapter:
         """Show a figure; with ``out``, also write it (PNG) and the frame behind it (CSV)."""
         from IPython.display import Image
 
-        picture = _picture(figure)
+        from dpkit.report.figures import png
+
+        picture = png(figure)
         if self.out is not None:
             folder = self.out / "figures"
             folder.mkdir(parents=True, exist_ok=True)
@@ -203,14 +204,3 @@ class Chapter:
                 "software": "; ".join(sorted({f"torch {m['torch']}, Python {m['python']}" for m in machines})),
                 "commit": ", ".join(sorted({m["commit"] for m in machines}))}
         return Whole(pd.DataFrame({"": rows}))
-
-
-def _picture(figure) -> bytes:
-    """A figure as PNG with a palette: a third of the bytes in notebooks and recorded results, with no difference to be seen."""
-    from PIL import Image
-
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=160, metadata={"Software": None})
-    whole = Image.open(drawn).convert("RGB")
-    whole.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
-    return small.getvalue()

@@ -1,6 +1,7 @@
 """One function a figure: a tidy frame in, a matplotlib figure out. An empty frame gives a figure that says so."""
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -34,6 +35,22 @@ def new(width: float = 7.0, height: float = 4.0, columns: int = 1, rows: int = 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, **options)
+
+
+def png(figure: Figure, **facts: str) -> bytes:
+    """A figure as PNG with a palette: a third of the bytes in notebooks and recorded results, with no difference to be seen.
+
+    facts: texts to keep in the file.
+    """
+    from PIL import Image, PngImagePlugin
+
+    drawn, small, kept = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
+    for name, text in facts.items():
+        kept.add_text(name, text)
+    figure.savefig(drawn, format="png", dpi=160, metadata={"Software": None})
+    whole = Image.open(drawn).convert("RGB")
+    whole.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG", optimize=True, pnginfo=kept)
+    return small.getvalue()
 
 
 def nothing(text: str = "nothing measured yet") -> Figure:

@@ -1,0 +1,76 @@
+"""The two figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.report.page_figures``.
+
+Chapters draw their figures when they are executed. The front page and the page on compression are no chapters, so their figures
+are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was drawn from, by which a test
+tells whether it is that of the recorded numbers.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dpkit import files, project
+from dpkit.report.figures import MARKERS, colour, new, paths, png, threshold, title, whiskers
+from dpkit.report.format import parse_numbers
+
+ARMS = ("dense", "imp", "ltr", "distilled", "random_real", "random")  # of the front page
+#: runs of the page on compression: what varies, its values, and the folder of each
+COMPRESSED = {"images a class": {1: "ipc1", 3: "ipc3", 10: "ipc10", 30: "ipc30"},
+              "classes": {3: "classes3", 5: "classes5", 10: "ipc10"}}
+PERCENT = 59
+STABLE = 0.02  # the threshold of stability, a rise in error (Frankle et al. 2020, arXiv 1912.05671)
+
+
+def front(sources: Sequence[Path]) -> Figure:
+    """Error between children on CIFAR-10, of some of the arms; sources: the table of the recorded chapter's lines."""
+    table = pd.read_csv(sources[0])
+    return paths(table[table["arm"].isin(ARMS)].sort_values("arm", key=lambda names: names.map(ARMS.index), kind="stable"))
+
+
+def compression(sources: Sequence[Path]) -> Figure:
+    """Barriers against images a class and against classes; sources: the numbers of each run of :data:`COMPRESSED`."""
+    found = {path.parent.name: parse_numbers(path.read_text(encoding="utf-8"), str(path)) for path in sources}
+    figure, axes = new(8.6, 3.8, columns=2, sharey=True)
+    for panel, (what, runs) in zip(axes, COMPRESSED.items(), strict=True):
+        places = range(len(runs))
+        for i, arm in enumerate(("distilled", "random_real", "imp", "dense")):
+            name = f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
+            rows = [found[folder][name] for folder in runs.values()]
+            x = [place + 0.06 * (i - 1.5) for place in places]  # side by side, so that intervals do not cover one another
+            values, low, high = ([100 * row[field] for row in rows] for field in ("value", "low", "high"))
+            panel.plot(x, values, marker=MARKERS[arm], ms=5, lw=1.4, ls="--" if arm == "dense" else "-", color=colour(arm),
+                       label=f"{title(arm)} (n = {min(row['n'] for row in rows)})")
+            whiskers(panel, x, values, low, high, colour=colour(arm))
+        threshold(panel, STABLE)
+        panel.set(xlabel=what)
+        panel.set_xticks([*places], [str(value) for value in runs])
+    axes[0].set_ylabel(f"error barrier at {PERCENT}% (points)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    return figure
+
+
+def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]]:
+    """By file name in ``book/_static``: what draws it, and the files that it is drawn from."""
+    book = project.root() / "book"
+    folders = sorted({folder for runs in COMPRESSED.values() for folder in runs.values()})
+    return {"front.png": (front, [book / "cifar10" / "figures" / "paths.csv"]),
+            "compression.png": (compression, [book / "compression" / folder / "numbers.jsonl" for folder in folders])}
+
+
+def digest(sources: Sequence[Path]) -> str:
+    """SHA-256 of files, one after another."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def main() -> None:
+    """Draw all of them."""
+    for name, (draw, sources) in figures().items():
+        files.place({project.root() / "book" / "_static" / name: png(draw(sources), Source=digest(sources))}, overwrite=True)
+
+
+if __name__ == "__main__":
+    main()
