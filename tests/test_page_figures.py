@@ -39,11 +39,18 @@ def test_barriers_stand_at_their_run_and_arm(tmp_path):
                     "value": 0.01 * i + 0.001 * j,
                     "n": 5, "low": 0.0, "high": 0.2, "key": "0"}
                    for j, arm in enumerate(("distilled", "random_real", "imp", "dense"))]
+        records += [{"name": f"distill.{name}.accuracy", "value": 0.1 * i + 0.01 * j, "n": 5}
+                    for j, name in enumerate(("idc", "random_real"))]
         (tmp_path / folder / "numbers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     figure = page_figures.compression([tmp_path / folder / "numbers.jsonl" for folder in folders])
-    for panel, (what, runs) in zip(figure.axes, COMPRESSED.items(), strict=True):
+    *counted, taught = figure.axes
+    for panel, (what, runs) in zip(counted, COMPRESSED.items(), strict=True):
         assert panel.get_xlabel() == what
         assert [text.get_text() for text in panel.get_xticklabels()] == [str(value) for value in runs]
         lines = {line.get_label().split(" (n")[0]: line.get_ydata() for line in panel.get_lines()}
         wanted = [folders.index(folder) + 0.1 for folder in runs.values()]  # random_real is the second arm: 0.001 more, in points
         assert list(lines["random real subset"]) == pytest.approx(wanted)
+    runs = COMPRESSED["images a class"].values()
+    lines = {line.get_label().split(" (n")[0]: line for line in taught.get_lines()}
+    assert list(lines["random real subset"].get_xdata()) == pytest.approx([10 * folders.index(folder) + 1 for folder in runs])
+    assert list(lines["random real subset"].get_ydata()) == pytest.approx([folders.index(folder) + 0.1 for folder in runs])

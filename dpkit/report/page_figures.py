@@ -32,25 +32,42 @@ def front(sources: Sequence[Path]) -> Figure:
 
 
 def compression(sources: Sequence[Path]) -> Figure:
-    """Barriers against images a class and against classes; sources: the numbers of each run of :data:`COMPRESSED`."""
+    """Barriers against images a class, classes, and what a set teaches; sources: the numbers of all runs."""
     found = {path.parent.name: parse_numbers(path.read_text(encoding="utf-8"), str(path)) for path in sources}
-    figure, axes = new(8.6, 3.8, columns=2, sharey=True)
-    for panel, (what, runs) in zip(axes, COMPRESSED.items(), strict=True):
-        places = range(len(runs))
+    figure, axes = new(10.4, 3.8, columns=3, sharey=True)
+    for panel, (what, runs) in zip(axes, COMPRESSED.items(), strict=False):
         for i, arm in enumerate(("distilled", "random_real", "imp", "dense")):
-            name = f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
-            rows = [found[folder][name] for folder in runs.values()]
-            x = [place + 0.06 * (i - 1.5) for place in places]  # side by side, so that intervals do not cover one another
-            values, low, high = ([100 * row[field] for row in rows] for field in ("value", "low", "high"))
-            panel.plot(x, values, marker=MARKERS[arm], ms=5, lw=1.4, ls="--" if arm == "dense" else "-", color=colour(arm),
-                       label=f"{title(arm)} (n = {min(row['n'] for row in rows)})")
-            whiskers(panel, x, values, low, high, colour=colour(arm))
-        threshold(panel, STABLE)
+            rows = [found[folder][_barrier(arm)] for folder in runs.values()]
+            x = [place + 0.06 * (i - 1.5) for place in range(len(runs))]  # side by side, so that no interval covers another
+            _line(panel, arm, x, rows, "--" if arm == "dense" else "-")
         panel.set(xlabel=what)
-        panel.set_xticks([*places], [str(value) for value in runs])
+        panel.set_xticks([*range(len(runs))], [str(value) for value in runs])
+    for arm, name in (("distilled", "idc"), ("random_real", "random_real")):
+        runs = COMPRESSED["images a class"]
+        x = [100 * found[folder][f"distill.{name}.accuracy"]["value"] for folder in runs.values()]
+        rows = [found[folder][_barrier(arm)] for folder in runs.values()]
+        _line(axes[2], arm, x, rows, "-")
+        for place, row, value in zip(x, rows, runs, strict=True):
+            axes[2].annotate(str(value), (place, 100 * row["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8,
+                             color=colour(arm))
+    axes[2].set(xlabel="accuracy after training on the set (%)")
+    for panel in axes:
+        threshold(panel, STABLE)
     axes[0].set_ylabel(f"error barrier at {PERCENT}% (points)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
+
+
+def _barrier(arm: str) -> str:
+    return f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
+
+
+def _line(panel, arm: str, x: Sequence[float], rows: Sequence[dict], dashes: str) -> None:
+    """The records of one arm in percent, with their intervals."""
+    values, low, high = ([100 * row[field] for row in rows] for field in ("value", "low", "high"))
+    panel.plot(x, values, marker=MARKERS[arm], ms=5, lw=1.4, ls=dashes, color=colour(arm),
+               label=f"{title(arm)} (n = {min(row['n'] for row in rows)})")
+    whiskers(panel, x, values, low, high, colour=colour(arm))
 
 
 def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]]:
