@@ -14,7 +14,7 @@ __all__ = ["app", "joined", "main", "open_store", "plan_of", "settings_of"]
 
 HELP = """Distilled pruning, reproduced: distillation, iterative magnitude pruning, linear mode connectivity, Hessians.
 
-A study is a list of parameters. A profile sets them (smoke: seconds, quick: minutes, cifar10-small: an hour or two); --set
+A study is a list of parameters. A profile sets them (smoke: seconds, quick: minutes, cifar10-small: two to three hours); --set
 changes any of them. Every network, ticket, path and spectrum is an artifact in a store under a key that says what made it,
 so a command that is stopped continues, and what exists is never computed again.
 
