@@ -7,16 +7,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from dpkit import project
-from dpkit.report import page_figures
-from dpkit.report.page_figures import ARMS, COMPRESSED, PERCENT
+from dpkit import page_figures, project
+from dpkit.page_figures import ARMS, COMPRESSED, PERCENT
 
 
 @pytest.mark.parametrize("name", ["front.png", "compression.png"])
 def test_the_books_figures_are_of_what_is_recorded(name):
     _, sources = page_figures.figures()[name]
     with Image.open(project.root() / "book" / "_static" / name) as picture:
-        assert picture.text["Source"] == page_figures.digest(sources), "run python -m dpkit.report.page_figures"
+        assert picture.text["Source"] == page_figures.digest(sources), "run python -m dpkit.page_figures"
 
 
 def test_the_front_figure_shows_its_arms_in_their_order(tmp_path):

@@ -1,4 +1,4 @@
-"""The two figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.report.page_figures``.
+"""The two figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
 
 Chapters draw their figures when they are executed. The front page and the page on compression are no chapters, so their figures
 are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was drawn from, by which a test
