@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkit.models.layers import Layer, Normaliser, Weight, norms
+from dpkit.models.layers import Layer, Normaliser, Weight, max_pool, norms
 from dpkit.models.spec import ModelSpec
 from dpkit.tree import Params
 
@@ -71,12 +71,12 @@ def table(spec: ModelSpec) -> list[Layer]:
 
 def features(spec: ModelSpec, params: Params, x: Tensor, norm: Normaliser) -> Tensor:
     """Images (N, channels, S, S) to the classifier's input: maps as one vector (N, C * H^2), of a VGG-16 their means (N, C)."""
-    pool = F.avg_pool2d if spec.arch in DEPTHS else F.max_pool2d
+    pool = F.avg_pool2d if spec.arch in DEPTHS else max_pool
     for i, block in enumerate(plan(spec)):
         x = F.conv2d(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], padding=block.kernel // 2)
         x = F.relu(norm(f"norm{i}", x))
         if block.pool:
-            x = pool(x, 2)
+            x = pool(x, 2, 2)
     return x.mean((2, 3)) if spec.arch == "vgg16" else x.flatten(1)
 
 

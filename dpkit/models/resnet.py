@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpkit.models.layers import Layer, Normaliser, Weight, norms
+from dpkit.models.layers import Layer, Normaliser, Weight, max_pool, norms
 from dpkit.models.spec import BLOCKS, ModelSpec
 from dpkit.tree import Params
 
@@ -58,7 +58,7 @@ def features(spec: ModelSpec, params: Params, x: Tensor, norm: Normaliser) -> Te
     """Images (N, channels, S, S) to the classifier's input (N, last width), averaged over positions."""
     if spec.stem == "imagenet":
         x = F.relu(norm("bn1", F.conv2d(x, params["conv1.weight"], stride=2, padding=3)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = max_pool(x, 3, stride=2, padding=1)
     else:
         x = F.relu(norm("bn1", F.conv2d(x, params["conv1.weight"], padding=1)))
     for name, into, out, stride in blocks(spec):
