@@ -3,12 +3,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
 from dpkit import models, tree
 from dpkit.data._torchvision import load
 from dpkit.models import ModelSpec
+from dpkit.models.layers import max_pool
 from dpkit.models.spec import RULES
 
 NEW = {"convnet4": {"width": 4, "image_size": 16}, "resnet20": {"width": 4, "image_size": 8},
@@ -282,3 +284,16 @@ def test_spread_is_even_and_complete():
     assert models.spread(3, 100).tolist() == [0, 1, 2]
     assert models.spread(100_000, 1000).unique().numel() == 1000
     assert models.spread(0, 5).tolist() == []
+
+
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_maxima_of_bf16_are_those_of_torch_and_their_gradients_are_rounded_once(window):
+    x = torch.randn(3, 2, 9, 9, generator=generator(5)).bfloat16().requires_grad_()
+    single = x.detach().float().requires_grad_()
+    found, expected = max_pool(x, *window), F.max_pool2d(single, *window)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.float(), expected)
+    slopes = torch.randn(found.shape, generator=generator(6)).bfloat16()
+    found.backward(slopes)
+    expected.backward(slopes.float())
+    assert torch.equal(x.grad, single.grad.bfloat16())
