@@ -1,8 +1,8 @@
-"""The two figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
+"""The figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
 
-Chapters draw their figures when they are executed. The front page and the page on compression are no chapters, so their figures
-are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was drawn from, by which a test
-tells whether it is that of the recorded numbers.
+Chapters draw their figures when they are executed. The front page, the page on compression and that on Imagenette are no chapters,
+so their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was drawn from, by
+which a test tells whether it is that of the recorded numbers.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpkit import files, project
 from dpkit.report.figures import MARKERS, colour, new, paths, png, threshold, title, whiskers
 from dpkit.report.format import parse_numbers
 
-ARMS = ("dense", "imp", "ltr", "distilled", "random_real", "random")  # of the front page
+ARMS = ("dense", "imp", "ltr", "distilled", "random_real", "random")  # of the lines between children
 #: runs of the page on compression: what varies, its values, and the folder of each
 COMPRESSED = {"images a class": {1: "ipc1", 3: "ipc3", 10: "ipc10", 30: "ipc30"},
               "classes": {3: "classes3", 5: "classes5", 10: "ipc10"}}
@@ -25,8 +25,8 @@ PERCENT = 59
 STABLE = 0.02  # the threshold of stability, a rise in error (Frankle et al. 2020, arXiv 1912.05671)
 
 
-def front(sources: Sequence[Path]) -> Figure:
-    """Error between children on CIFAR-10, of some of the arms; sources: the table of the recorded chapter's lines."""
+def lines(sources: Sequence[Path]) -> Figure:
+    """Error between children, of some of the arms; sources: the table of the lines that a chapter showed."""
     table = pd.read_csv(sources[0])
     return paths(table[table["arm"].isin(ARMS)].sort_values("arm", key=lambda names: names.map(ARMS.index), kind="stable"))
 
@@ -74,7 +74,8 @@ def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]
     """By file name in ``book/_static``: what draws it, and the files that it is drawn from."""
     book = project.root() / "book"
     folders = sorted({folder for runs in COMPRESSED.values() for folder in runs.values()})
-    return {"front.png": (front, [book / "cifar10" / "figures" / "paths.csv"]),
+    return {"front.png": (lines, [book / "cifar10" / "figures" / "paths.csv"]),
+            "imagenette.png": (lines, [book / "imagenette" / "figures" / "paths.csv"]),
             "compression.png": (compression, [book / "compression" / folder / "numbers.jsonl" for folder in folders])}
 
 

@@ -160,6 +160,16 @@ def test_role_prints_value_interval_and_count(tmp_path, extensions):
     assert 'title="distill.idc.accuracy (dpkit lineage ab12cd)"' in html
 
 
+def test_verdicts_of_a_study_without_chapters_have_no_links(tmp_path, extensions):
+    folder = tmp_path / "source" / "book" / "runs" / "bare"
+    folder.mkdir(parents=True)
+    (folder / "verdicts.json").write_text(json.dumps(VERDICTS), encoding="utf-8")
+    html, warnings = build(tmp_path, "```{verdicts} bare\n```")
+    assert not warnings
+    assert "dp-badge" in html
+    assert "page.html" not in html
+
+
 @pytest.mark.parametrize(("text", "results", "message"), [
     ("{num}`quick:distill.idc.acuracy`", True, "no number distill.idc.acuracy in profile quick"),
     ("{num}`quick:distill.idc.accuracy|mean`", True, "must be one of value, interval, n"),

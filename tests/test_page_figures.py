@@ -11,18 +11,18 @@ from dpkit import page_figures, project
 from dpkit.page_figures import ARMS, COMPRESSED, PERCENT
 
 
-@pytest.mark.parametrize("name", ["front.png", "compression.png"])
+@pytest.mark.parametrize("name", ["front.png", "imagenette.png", "compression.png"])
 def test_the_books_figures_are_of_what_is_recorded(name):
     _, sources = page_figures.figures()[name]
     with Image.open(project.root() / "book" / "_static" / name) as picture:
         assert picture.text["Source"] == page_figures.digest(sources), "run python -m dpkit.page_figures"
 
 
-def test_the_front_figure_shows_its_arms_in_their_order(tmp_path):
+def test_lines_show_its_arms_in_their_order(tmp_path):
     rows = [{"alphas": alpha, "errors": 0.2 + 0.1 * (alpha == 0.5), "arm": arm, "percent": percent, "seed": 0, "pair": "0-1"}
             for arm in (*reversed(ARMS), "snip") for percent in ((0,) if arm == "dense" else (51, 83)) for alpha in (0, 0.5, 1)]
     pd.DataFrame(rows).to_csv(tmp_path / "paths.csv", index=False)
-    figure = page_figures.front([tmp_path / "paths.csv"])
+    figure = page_figures.lines([tmp_path / "paths.csv"])
     assert [panel.get_title() for panel in figure.axes] == ["dense", "51% sparse", "83% sparse"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(labels) == len(ARMS)

@@ -140,11 +140,12 @@ class VerdictsDirective(SphinxDirective):
         return entry
 
     def chapter(self, row: dict[str, Any], profile: str) -> nodes.Node | None:
-        """A link to the page that shows how the number came about."""
+        """A link to the page that shows how the number came about; None where numbers alone were recorded, without chapters."""
         target = str(row.get("chapter") or "").removesuffix(".ipynb").removesuffix(".md")
-        if not target:
+        folder = f"{folder_of(self.env, profile)}/"
+        if not target or ("/" not in target and not any(name.startswith(folder) for name in self.env.found_docs)):
             return None
-        document = target if "/" in target else f"{folder_of(self.env, profile)}/{target}"
+        document = target if "/" in target else folder + target
         label = target.rsplit("/", 1)[-1].lstrip("0123456789-") or target
         link = addnodes.pending_xref("", nodes.inline("", label, classes=["doc"]), refdomain="std",
                                      reftype="doc", reftarget=f"/{document.lstrip('/')}",
