@@ -1,8 +1,8 @@
 """The figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
 
-Chapters draw their figures when they are executed. The front page and the pages on compression and on Imagenette are no chapters, so
-their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was drawn from, by which
-a test tells whether it is that of the recorded numbers.
+Chapters draw their figures when they are executed. The front page and the pages on compression and on Imagenette are no
+chapters, so their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was
+drawn from, by which a test tells whether it is that of the recorded numbers.
 """
 from __future__ import annotations
 
