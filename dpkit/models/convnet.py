@@ -76,7 +76,7 @@ def features(spec: ModelSpec, params: Params, x: Tensor, norm: Normaliser) -> Te
         x = F.conv2d(x, params[f"conv{i}.weight"], params[f"conv{i}.bias"], padding=block.kernel // 2)
         x = F.relu(norm(f"norm{i}", x))
         if block.pool:
-            x = pool(x, 2, 2)
+            x = pool(x, 2)
     return x.mean((2, 3)) if spec.arch == "vgg16" else x.flatten(1)
 
 

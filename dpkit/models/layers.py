@@ -111,8 +111,8 @@ def groups(channels: int) -> int:
     return max([1, *[count for count in range(1, 33) if channels % count == 0 and channels // count >= 4]])
 
 
-def max_pool(x: Tensor, kernel: int, stride: int, padding: int = 0) -> Tensor:
-    """Maxima of (N, C, H, W) over windows.
+def max_pool(x: Tensor, kernel: int, stride: int | None = None, padding: int = 0) -> Tensor:
+    """Maxima of (N, C, H, W) over windows, ``stride`` apart (by default as far as they are wide).
 
     On a processor those of bf16 are taken in fp32, which changes none of them: code that Inductor (torch 2.13) makes for bf16
     took 19 ms, forward and backward, for the windows of an ImageNet stem of width 16 on 64 images of 96 pixels, and this 7.
