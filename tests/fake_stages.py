@@ -59,7 +59,7 @@ class FakeUnit(Unit):
 
 
 FAKES = {"fake": Stage("fake", 1, one),
-         "fakes": Stage("fakes", 1, lambda c, u, p: many(c, [u], [p])[0], many=many, group=lambda unit: "all")}
+         "fakes": Stage("fakes", 1, lambda c, u, p: many(c, [u], [p])[0], many=many, group=lambda unit, device: "all")}
 if multiprocessing.parent_process() is not None:  # in a worker; tests register them for as long as they last
     STAGES.update(FAKES)
 

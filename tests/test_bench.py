@@ -191,17 +191,26 @@ def test_every_job_runs_more_than_once(task):
     work()
 
 
-def test_workers_share_all_networks():
+@pytest.mark.parametrize("shared, sizes", [(False, [1] * 8), (True, [3, 3, 2])])
+def test_workers_share_all_networks(shared, sizes):
     model = {"arch": "convnet3", "width": 2, "image_size": 8}
-    seen = []
+    seen, noises = [], []
     original = training.fit
-    training.fit = lambda *a, **k: seen.append(tree.population(a[5])) or original(*a, **k)
+
+    def fit(*arguments, **options):
+        seen.append(tree.population(arguments[5]))
+        noises.append(set(arguments[7]))
+        return original(*arguments, **options)
+
+    training.fit = fit
     try:
         for worker in range(3):
-            jobs.train(model, 64, compile=False, networks=8, precision="fp32", worker=worker, workers=3)()
+            jobs.train(model, 64, compile=False, networks=8, precision="fp32", shared=shared, worker=worker,
+                       workers=3)()
     finally:
         training.fit = original
-    assert seen == [1] * 8
+    assert seen == sizes
+    assert all(len(noise) == 1 for noise in noises)
 
 
 def test_accuracy_is_paired_by_seed():

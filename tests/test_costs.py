@@ -110,6 +110,9 @@ def test_memory_grows_with_batch_width_and_population():
     assert footprint.BASE_MEMORY < of(width=8) < of(width=64) < of(width=64, batch_size=1024)
     unit = study(width=64).dense(0, "child")
     assert footprint.memory(unit.stage, unit.spec, {}, 16) > 1.2 * footprint.memory(unit.stage, unit.spec, {})
+    # in turn: more weights, and the activations of one network
+    in_turn = footprint.memory(unit.stage, unit.spec, {}, 16, in_turn=True)
+    assert footprint.memory(unit.stage, unit.spec, {}) < in_turn < footprint.memory(unit.stage, unit.spec, {}, 16)
 
 
 # --- the fit ------------------------------------------------------------------------------------------------------------

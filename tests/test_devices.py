@@ -295,9 +295,9 @@ def made(folder, wanted, device):
     context, left = Context(store, device), dict(wanted)
     while left:
         first = next(unit for unit in left.values() if all(store.has(p.key) for p in unit.parents.values()))
-        name = forecast.group_name(first) if device != "cpu" else None
-        group = [first] + [unit for unit in left.values() if name and unit is not first and forecast.group_name(unit) == name
-                           and all(store.has(p.key) for p in unit.parents.values())]
+        name = forecast.group_name(first, device)
+        alike = [unit for unit in left.values() if name and forecast.group_name(unit, device) == name]
+        group = [first] + [u for u in alike if u is not first and all(store.has(p.key) for p in u.parents.values())]
         make(context, group)
         for unit in group:
             del left[unit.key]

@@ -27,15 +27,38 @@ def test_the_schedule_is_played_through():
     todo = {n: made.dense(i, "child") for i, n in enumerate(names)}
     todo = {unit.key: unit for unit in todo.values()}
     took = dict(zip(todo, (4.0, 3.0, 2.0, 1.0), strict=True))
-    assert forecast.simulate(todo, took, 1) == 10
-    assert forecast.simulate(todo, took, 2) == 5
-    assert forecast.simulate(todo, took, 9) == 4
-    assert forecast.simulate(todo, took, 2, start=3.0, load=0.5) == 3 + 5.5
+
+    def seconds(workers, **options):
+        return forecast.simulate(todo, lambda unit, many: took[unit.key], workers, **options).seconds
+
+    assert [seconds(n) for n in (1, 2, 9)] == [10, 5, 4]
+    assert seconds(2, start=3.0, load=0.5) == 3 + 5.5
     compiled = dict.fromkeys(todo, ("one",))
-    assert forecast.simulate(todo, took, 1, compiled=compiled, compile_seconds=20) == 30
-    assert forecast.simulate(todo, took, 2, compiled=compiled, compile_seconds=20) == 25
+    assert seconds(1, compiled=compiled, compile_seconds=20) == 30
+    assert seconds(2, compiled=compiled, compile_seconds=20) == 25
     chain = closure([made.child("imp", 0, 1, 0)])
-    assert forecast.simulate(chain, dict.fromkeys(chain, 1.0), 4) == len(chain) == 3  # each waits for the one before
+    assert forecast.simulate(chain, lambda unit, many: 1.0, 4).seconds == len(chain) == 3  # each waits for the one before
+
+
+def test_workers_take_their_part_of_what_is_alike():
+    assert [forecast.at_once(n, 2, 4) for n in (1, 2, 3, 5, 8, 100)] == [1, 1, 2, 3, 4, 4]
+    assert [forecast.at_once(n, 1, 16) for n in (1, 5, 100)] == [1, 5, 16]
+    ready = [(-float(i), f"{'ab'[i % 2]}{i}") for i in range(9, -1, -1)]  # a heap, the most urgent first
+    names = {key: key[0] if key[0] == "a" else None for _, key in ready}
+    assert forecast.take(ready, names, 2, 4) == ["b9"]
+    assert forecast.take(ready, names, 2, 4) == ["a8", "a6", "a4"]  # three of five: the other worker gets two
+    assert forecast.take(ready, names, 2, 4) == ["b7"]
+    assert {key for _, key in ready} == {"b5", "b3", "b1", "a2", "a0"}
+
+
+def test_on_a_processor_networks_of_equal_noise_are_made_together():
+    made = study(arms=("imp", "random"), children=2, plane_arms=("dense",), hessian_arms=("dense",), robust_arms=("dense",))
+    one, other = (made.child(arm, 0, 1, 0) for arm in ("imp", "random"))
+    assert forecast.group_name(one, "cpu") == forecast.group_name(other, "cpu")
+    second = made.child("imp", 0, 1, 1)
+    assert forecast.group_name(one, "cpu") != forecast.group_name(second, "cpu")
+    assert forecast.group_name(one, "cuda:1") == forecast.group_name(second, "cuda:1")
+    assert forecast.group_name(made.ticket("imp", 0, 1), "cpu") is None
 
 
 def test_populations_are_played_through_too():
@@ -48,23 +71,31 @@ def test_populations_are_played_through_too():
         seen.append((unit.stage, many))
         return 1 / many
 
-    flat = dict.fromkeys(todo, 1.0)
-    assert forecast.simulate_populations(todo, flat, expected, 1) == len(todo)
+    assert forecast.simulate(todo, expected, 1, device="cuda").seconds == len(todo)
     seen.clear()
-    groups = forecast.simulate_populations(todo, flat, expected, 16)
+    groups = forecast.simulate(todo, expected, 1, device="cuda", population=16)
     assert {many for stage, many in seen if stage != "network"} == {1}
     assert max(many for _, many in seen) >= 6
-    assert groups < len(todo) - 12
-    assert len(seen) == len(todo)  # each once
+    assert groups.seconds < len(todo) - 12
+    assert sum(groups.costs.values()) == pytest.approx(groups.seconds)
+    assert set(groups.costs) == set(groups.sizes) == set(todo)
+    on_cpu = forecast.simulate(todo, expected, 2, population=4)
+    assert max(on_cpu.sizes.values()) <= 4
+    assert on_cpu.seconds < len(todo) / 2
 
 
 def test_a_population_shares_its_steps_and_not_its_arithmetic(store):
     todo = closure(e.unit for e in study(seeds=4).tickets())
-    one, many = (forecast.of(store, todo, device="cuda", population=n) for n in (1, 16))
+    one, many = (forecast.of(store, todo, device="cuda", population={"cuda": n}) for n in (1, 16))
     assert many.seconds < one.seconds
     found = feats.features("network", study().dense(0, "child").spec, {})
-    part = feats.together(found, 4)
+    part = feats.together(found, 4, "cuda")
     assert (4 * part.amounts["step"], part.amounts["gflop"]) == (found.amounts["step"], found.amounts["gflop"])
+    augmented = study(augment="flip").dense(0, "child")
+    found = feats.features("network", augmented.spec, {})
+    part = feats.together(found, 4, "cpu")
+    assert 4 * part.amounts["augmented mpixel"] == found.amounts["augmented mpixel"] > 0
+    assert part.amounts["step"] == found.amounts["step"]
 
 
 def test_a_forecast_adds_up(store):

@@ -154,6 +154,10 @@ def test_projection_by_hand():
     assert found.positions.tolist() == [[3, 4], [0, 0], [0, 0], [-1, 1]]
     assert found.outside.tolist() == [12, 0, 1, 0]
     assert found.relative.tolist() == [12 / 13, 0, 1, 0]
+    # as near to the origin as rounding brings the end of a way there says nothing, and a hundred times as far does
+    found = project(flat, [{"w": torch.tensor([1.0, 1, 1 + gap])} for gap in (1e-5, 1e-3)])
+    assert found.relative.tolist() == [0, 1]
+    assert (found.outside > 0).all()
 
 
 def test_projection_onto_directions_that_are_not_orthogonal():

@@ -65,6 +65,7 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"sets": "gan"}, "sets must be chosen from idc, idc_factor1, dc, dsa, dm, mtt, generator, random_real, herding, "
                                "k_center, el2n, and each with _soft; got gan"),
     ("smoke", {"dm_steps": 0}, "dm_steps must be >= 1, got 0"), ("smoke", {"dc_lr": 0}, "dc_lr "),
+    ("smoke", {"dc_distance": "l2"}, "dc_distance must be one of squared, l1, cosine; got 'l2'"),
     ("smoke", {"mtt_student_steps": 0}, "mtt_student_steps must be >= 1, got 0"),
     ("smoke", {"generator_width": 12}, "generator_width must be a multiple of 8, got 12"),
     ("smoke", {"expert_epochs": 0}, "expert_epochs must be >= 1, got 0"),
@@ -121,8 +122,10 @@ def test_settings_reach_the_specifications():
     idc = study.distill("idc", 2)
     assert (idc.ipc, idc.factor, idc.lr, idc.real_batch) == (3, 2, 0.04, 5)
     assert {study.distill(method).ipc for method in METHODS} == {3}
-    other = Study(dc_outer=4, dc_lr=0.2, dm_steps=7, dm_lr=3.0, mtt_steps=8, mtt_lr_img=5.0, generator_steps=9)
-    assert [(other.distill(m).outer, other.distill(m).lr) for m in ("dc", "dsa")] == [(4, 0.2)] * 2
+    assert [study.distill(m).distance for m in ("dc", "dsa")] == ["cosine"] * 2
+    other = Study(dc_outer=4, dc_lr=0.2, dc_distance="l1", dm_steps=7, dm_lr=3.0, mtt_steps=8, mtt_lr_img=5.0, generator_steps=9)
+    both = [other.distill(m) for m in ("dc", "dsa")]
+    assert [(found.outer, found.lr, found.distance) for found in both] == [(4, 0.2, "l1")] * 2
     assert (other.distill("dm").steps, other.distill("dm").lr) == (7, 3.0)
     assert (other.distill("mtt").steps, other.distill("mtt").lr_img, other.distill("generator").steps) == (8, 5.0, 9)
     assert study.prune.scope == "weights"

@@ -21,7 +21,7 @@ from tiny import (
     train,
 )
 
-from dpkit.training import Diverged, State, gradient
+from dpkit.training import Diverged, State, batches, gradient
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,27 @@ def test_networks_together_equal_each_alone(split, model):
         assert torch.equal(together.losses[p], alone.losses[0])
         assert equal(member(together.snapshots[2][0], p), alone.snapshots[2][0])
     assert not torch.equal(together.losses[0], together.losses[1])
+
+
+def test_networks_of_equal_noise_share_their_batches(split, monkeypatch):
+    made, single = [], batches.Batches.take
+
+    def counted(self, seed, *where):
+        made.append((seed, where))
+        return single(self, seed, *where)
+
+    train(FULL, split, seeds=[3, 4, 3], networks=start(MODEL, 3))
+    monkeypatch.setattr(batches.Batches, "take", counted)
+    train(FULL, split, seeds=[3, 4, 3], networks=start(MODEL, 3))
+    assert len(made) == len(set(made)), "a batch was made twice"
+    assert {seed for seed, _ in made} == {3, 4}
+
+
+def test_rows_of_a_population_begin_where_a_network_alone_does():
+    for like in (torch.zeros(1), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.bool)):
+        rows = gradient.aligned(3, 21, like)
+        assert (rows.shape, rows.dtype) == ((3, 21), like.dtype)
+        assert {row.data_ptr() % 64 for row in rows} == {0}
 
 
 @pytest.mark.parametrize("model", [MODEL, BATCH_NORM], ids=["instance", "batch"])

@@ -219,6 +219,35 @@ def test_networks_made_as_a_population_equal_those_made_alone(done, store, here,
     assert same(contents(store, keys), contents(done[0], keys))
 
 
+def test_networks_stopped_together_go_on_in_any_company(done, store, monkeypatch):
+    monkeypatch.setattr(make, "CHECKPOINT_SECONDS", -1.0)
+    made = plan()
+    wanted = [made.child(arm, 0, 2, child) for arm in ("imp", "random") for child in (0, 1)]
+    compute(store, [p for unit in wanted for p in unit.parents.values()], device="cpu")
+
+    def stopped(units, after):
+        def stop(key, step, total):
+            if step > after:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run.make(Context(store, progress=stop), units)
+
+    per_epoch = made.study.train.steps_per_epoch(made.identity["train"])
+    stopped(wanted[:2], per_epoch)
+    saved = [store.load_partial(unit.key) for unit in wanted]
+    assert [int(found["step"]) if found else 0 for found in saved] == [per_epoch, per_epoch, 0, 0]
+    assert all(float(found["cpu_seconds"]) > 0 for found in saved[:2])
+    steps = []
+    run.make(Context(store, progress=lambda key, step, total: steps.append(step)), wanted[1:])
+    whole = made.study.train.steps(made.identity["train"])
+    assert steps == [*range(per_epoch + 1, whole + 1), *range(1, whole + 1)]  # the one that was stopped, then the others
+    run.make(Context(store), wanted[:1])
+    assert not any(store.partial(unit.key).exists() for unit in wanted)
+    keys = [u.key for u in wanted]
+    assert same(contents(store, keys), contents(done[0], keys))
+
+
 def test_networks_trained_with_vmap_agree_with_those_made_alone(done, store, here, monkeypatch):
     made = plan()
     wanted = [made.child(arm, 0, 2, child) for arm in ("imp", "random") for child in (0, 1)]

@@ -52,24 +52,25 @@ def module(model: ModelSpec, device: str, number: int = 0) -> torch.nn.Module:
 # --- training ------------------------------------------------------------------------------------------------------------
 
 def train(model: dict, images: int, compile: bool = True, networks: int = 1, device: str = "cpu", batch: int = 64,
-          precision: str = "bf16", worker: int = 0, workers: int = 1) -> Task:
+          precision: str = "bf16", shared: bool = False, worker: int = 0, workers: int = 1) -> Task:
     """One pass of the library's loop over ``images`` images for each of ``networks`` networks, DSA and CutMix on.
 
-    On a CPU one network after another (the form of ``solo``); networks are dealt out to the workers. On a GPU all together.
+    Networks are dealt out to the workers. On a CPU they are trained one after another, or together if they are ``shared``: of
+    equal noise, as children of different tickets of one initialisation are in a study. On a GPU all together.
     """
     spec = ModelSpec(**model)
     recipe = TrainSpec(epochs=1, batch_size=batch, precision=precision, compile=compile)
     split = split_of(spec, images)
     mine = [start(spec, i) for i in range(worker, networks, workers)]
-    together = [mine] if device != "cpu" else [[one] for one in mine]
+    together = [mine] if device != "cpu" or shared else [[one] for one in mine]
     form = "auto"
 
     def task() -> None:
         nonlocal form
         for group in together:
             params, buffers = tree.stack([p for p, _ in group]), tree.stack([b for _, b in group])
-            found = training.fit(recipe, spec, split, HALF, HALF, params, buffers, list(range(len(group))), device=device,
-                                 form=form)
+            found = training.fit(recipe, spec, split, HALF, HALF, params, buffers,
+                                 [0] * len(group) if shared else list(range(len(group))), device=device, form=form)
             form = found.form  # chosen once, as in a long run
 
     return task

@@ -75,12 +75,17 @@ def training_row(id: str, name: str, images: int, ours: int, quick: bool, pairs:
                counts.work(counts.TRAINING, ModelSpec(**model), 1, bytes_of(precision)), precision)
 
 
-def together_row(name: str, images: int, quick: bool, pairs: int = PAIRS) -> Row:
-    """Eight networks in worker processes, and one after another on all cores as threads of one process, the same loop."""
+def together_row(name: str, images: int, quick: bool, shared: bool, pairs: int = PAIRS) -> Row:
+    """Eight networks in worker processes, and one after another on all cores as threads of one process, the same loop.
+
+    shared: the eight are children of one initialisation's tickets, whose noise is equal, so that their batches are made once.
+    """
     model, precision = NETWORKS[name], "fp32" if quick else "bf16"
     same = {"model": model, "images": images, "networks": 8, "compile": not quick, "precision": precision}
-    return Row("together", f"eight {name} together", "images/s", "one after another in our own loop, all cores as threads", 1.3,
-               everywhere("train", 8 * images, share=True, **same), plain("train", 8 * images, True, **same),
+    noise = "equal noise" if shared else "each its own noise"
+    return Row("together" if shared else "together-apart", f"eight {name} together, {noise}", "images/s",
+               "one after another in our own loop, all cores as threads", 1.3 if shared else None,
+               everywhere("train", 8 * images, share=True, shared=shared, **same), plain("train", 8 * images, True, **same),
                {"one after another, memory not kept": plain("train", 8 * images, **same)}, pairs,
                counts.work(counts.TRAINING, ModelSpec(**model), 1, bytes_of(precision)), precision)
 
@@ -155,7 +160,7 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
     """The rows of a processor; ``long``: with some that tell less."""
     if quick:
         model = NETWORKS[SMALL]
-        small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, 2),
+        small = [training_row("train-convnet3", SMALL, 256, 256, True, 2), together_row(SMALL, 64, True, True, 2),
                  matching_row(SMALL, True, 2), path_row("path", SMALL, 25, 100, "fp32", True, 2),
                  product_row("product", SMALL, model, {CONTROL: {"keep": True}}, 2, True, 2),
                  spectra_row("spectra", "ConvNet-3-4", {"arch": "convnet3", "width": 4}, 20, (30, 5, 20, 20), True, 1)]
@@ -166,7 +171,8 @@ def processor_rows(quick: bool = False, long: bool = False) -> list[Row]:
         training_row("train-convnet3", "ConvNet-3-128", 960, 1920, False),
         training_row("train-resnet10", "ResNet-10-32", 960, 1280, False),
         training_row("train-resnet18", "ResNet-18-32", 640, 640, False),
-        together_row("ConvNet-3-32", 1280, False),
+        together_row("ConvNet-3-32", 1280, False, True),
+        together_row("ConvNet-3-32", 1280, False, False),
         matching_row("ConvNet-3-128", False),
         path_row("path", "ConvNet-3-128", 25, 800, "bf16", False, 3),
         passes_row("path-passes", SMALL, 25, 6000, PAIRS),

@@ -245,12 +245,17 @@ def around(params: Params, first: Params, second: Params, *, mask: Mask | None =
     return Around(dict(params), *both, torch.zeros(1, 2, dtype=torch.float64))
 
 
+#: of the way from a plane's origin to the farthest network that it was laid through, or else of its longer direction
+NEAR = 1e-4
+
+
 class Projection(NamedTuple):
     """Where S networks lie on a plane; float64.
 
     positions: (S, 2), (x, y) of the nearest point of the plane.  outside: (S,), distance from it, over all parameters (L2).
     relative: (S,), ``outside`` over the distance from the plane's origin, in [0, 1]: 0 on the plane, 1 where the plane shows
-        nothing of what separates the network from its origin. 0 at the origin itself.
+        nothing of what separates the network from its origin. 0 at the origin itself, and within :data:`NEAR` of it, where
+        rounding alone would decide.
     """
 
     positions: Tensor
@@ -276,6 +281,8 @@ def project(plane: Plane | Around, networks: Iterable[Params]) -> Projection:
         origin, *axes = (flatten(t, list(plane.like)).double() for t in (plane.like, plane.first, plane.second))
     basis = torch.stack(axes)
     gram = basis @ basis.T
+    corners = float((plane.coordinates.to(basis) @ basis).norm(dim=1).max())
+    near = NEAR * (corners or float(basis.norm(dim=1).max()))
     positions, outside, relative = [], [], []
     for number, params in enumerate(networks):
         models.check_same({"plane": plane.like, f"number {number}": params})
@@ -285,7 +292,7 @@ def project(plane: Plane | Around, networks: Iterable[Params]) -> Projection:
         away = float(there.norm())
         positions.append(place.cpu())
         outside.append(rest)
-        relative.append(min(rest / away, 1.0) if away else 0.0)
+        relative.append(min(rest / away, 1.0) if away > near else 0.0)
     found = torch.stack(positions) if positions else torch.zeros(0, 2, dtype=torch.float64)
     return Projection(found, *(torch.tensor(values, dtype=torch.float64) for values in (outside, relative)))
 

@@ -68,8 +68,8 @@ def timings(store: Store, device: str = "cpu") -> Iterator[Timing]:
             found = features(meta["stage"], meta["spec"], parents)
             clock = meta["seconds"]
             seconds = meta.get("cpu_seconds", clock) if sort == "cpu" else clock
-            if found is not None and sort == "cuda":
-                found = together(found, meta.get("together", 1))
+            if found is not None:
+                found = together(found, meta.get("together", 1), sort)
             if found is not None and seconds > 0:
                 # compilers run in processes of their own, which processor seconds leave out
                 first = bool(meta.get("first"))
@@ -199,7 +199,7 @@ class Model:
         """
         found = features(unit.stage, unit.spec, {role: p.spec for role, p in unit.parents.items()})
         if found is not None and population > 1:
-            found = together(found, population)
+            found = together(found, population, device_class(self.device))
         return Expected(max(unit.cost, 1e-3), GUESS, unit.stage) if found is None else self.expected(found)
 
     def expected(self, asked: Features) -> Expected:

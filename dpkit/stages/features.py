@@ -340,11 +340,11 @@ def features(stage: str, spec: Mapping[str, Any], parents: Specs) -> Features | 
     return _FEATURES[stage](spec, parents) if stage in _FEATURES else None
 
 
-#: amounts that networks of one population on a GPU share: it launches what all of them need at once
-SHARED = ("step", "augmented step")
+#: amounts that networks of one population share: a GPU launches what all of them need at once, on a CPU they have one noise
+SHARED = {"cuda": ("step", "augmented step"), "cpu": ("augmented step", "augmented mpixel")}
 
 
-def together(found: Features, population: int) -> Features:
-    """The features of one of ``population`` networks that are trained at once."""
-    shared = {name: value / (population if name in SHARED else 1) for name, value in found.amounts.items()}
+def together(found: Features, population: int, sort: str) -> Features:
+    """The features of one of ``population`` networks that are trained at once on a ``sort`` of device, cpu or cuda."""
+    shared = {name: value / (population if name in SHARED[sort] else 1) for name, value in found.amounts.items()}
     return Features(found.kind, shared, found.compiled)

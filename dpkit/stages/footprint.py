@@ -80,10 +80,11 @@ COMPILER_MEMORY = 200e6  # what torch.compile leaves in it
 SCATTER = 2.0  # a heap that keeps what was freed, and the convolutions' own copies, for each byte that is needed; measured
 
 
-def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int = 1) -> float:
+def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int = 1, *, in_turn: bool = False) -> float:
     """Bytes of the process at the highest, while it makes ``population`` such units together; within a third or so.
 
-    The data set as uint8 and normalised, the weights with gradient and momentum, and what the largest pass keeps.
+    The data set as uint8 and normalised, the weights with gradient and momentum, and what the largest pass keeps. in_turn: the
+    networks of a population are computed one after another, as on a CPU.
     """
     if "model" not in spec or "data" not in spec:
         return BASE_MEMORY
@@ -97,7 +98,8 @@ def memory(stage: str, spec: Mapping[str, Any], parents: Specs, population: int 
         train = spec["train"]
         images, _, _ = schedule(spec, parents)
         batch = min(images, train["batch_size"]) * (kept * itemsize(train) / 4 + 12 * pixels)
-        needed = normalised + max(evaluated, batch * population) + weights * population * (6 + len(spec["snapshots"]))
+        passed = max(evaluated, batch * (1 if in_turn else population))
+        needed = normalised + passed + weights * population * (6 + len(spec["snapshots"]))
     elif stage == "distill":
         asked = distill_spec(spec["distill"])
         # on a CPU class by class, but for MTT, which holds what it may

@@ -11,9 +11,9 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -56,10 +56,16 @@ def graph(todo: Mapping[str, Unit]) -> tuple[dict[str, set[str]], dict[str, list
     return waiting, children
 
 
-def group_name(unit: Unit) -> str | None:
-    """What units have in common that may be made together; None for one that is made alone."""
+def group_name(unit: Unit, device: str) -> str | None:
+    """What units have in common that may be made together on a device; None for one that is made alone."""
     grouping = STAGES[unit.stage].group if unit.stage in STAGES else None
-    return f"{unit.stage} {grouping(unit)}" if grouping else None
+    return f"{unit.stage} {grouping(unit, device_class(device))}" if grouping else None
+
+
+def at_once(alike: int, workers: int, population: int) -> int:
+    """How many of so many units that are ready and alike one of the workers takes: its part of them, so that what is left is
+    always enough for the others, and at most ``population``."""
+    return max(1, min(population, -(-alike // workers)))
 
 
 def urgency(todo: Mapping[str, Unit], children: Mapping[str, list[str]], costs: Mapping[str, float]) -> dict[str, float]:
@@ -70,110 +76,114 @@ def urgency(todo: Mapping[str, Unit], children: Mapping[str, list[str]], costs: 
     return found
 
 
-def simulate(todo: Mapping[str, Unit], costs: Mapping[str, float], workers: int, *, start: float = 0.0, load: float = 0.0,
-             compiled: Mapping[str, tuple[str, ...]] | None = None, compile_seconds: float = 0.0) -> float:
-    """Seconds until all units are made by ``workers`` processes, the most urgent ready unit first.
+@dataclass(frozen=True)
+class Played:
+    """A schedule that was played through. seconds: until all is made; costs: seconds of each unit in its group; sizes: of the
+    group."""
 
-    start: until a process takes its first unit; load: what its first unit waits for the images. compiled: names of what is
-    compiled for each unit, once in every process.
+    seconds: float
+    costs: dict[str, float]
+    sizes: dict[str, int]
+
+
+def simulate(todo: Mapping[str, Unit], expected: Callable[[Unit, int], float], workers: int, *, device: str = "cpu",
+             population: int = 1, start: float = 0.0, load: float = 0.0,
+             compiled: Mapping[str, tuple[str, ...]] | None = None, compile_seconds: float = 0.0) -> Played:
+    """Play through how ``workers`` processes make all units: the most urgent ready one first, with those that go with it.
+
+    expected: seconds of one unit where so many are made at once, up to ``population``. start: until a process takes its first
+    unit; load: what its first unit waits for the images. compiled: names of what is compiled for each unit, once in every
+    process.
     """
     waiting, children = graph(todo)
-    waiting = {key: set(parents) for key, parents in waiting.items()}
-    urgent = urgency(todo, children, costs)
+    urgent = urgency(todo, children, {key: expected(unit, 1) for key, unit in todo.items()})
+    names = {key: group_name(unit, device) if population > 1 else None for key, unit in todo.items()}
     ready = [(-urgent[key], key) for key, parents in waiting.items() if not parents]
     heapq.heapify(ready)
     idle = [(start, w) for w in range(max(1, workers))]
     known: list[set[str]] = [set() for _ in idle]
     began = [False] * len(idle)
-    running: list[tuple[float, int, str]] = []
-    now = start
+    running: list[tuple[float, int, list[str]]] = []
+    now, costs, sizes = start, dict[str, float](), dict[str, int]()
     while ready or running:
         while ready and idle:
             free, worker = heapq.heappop(idle)
-            key = heapq.heappop(ready)[1]
-            fresh = set((compiled or {}).get(key, ())) - known[worker]
+            group = take(ready, names, max(1, workers), population)
+            fresh = {name for key in group for name in (compiled or {}).get(key, ())} - known[worker]
             known[worker] |= fresh
-            takes = costs[key] + compile_seconds * len(fresh) + (0.0 if began[worker] else load)
+            costs |= {key: expected(todo[key], len(group)) for key in group}
+            sizes |= dict.fromkeys(group, len(group))
+            takes = sum(costs[key] for key in group) + compile_seconds * len(fresh) + (0.0 if began[worker] else load)
             began[worker] = True
-            heapq.heappush(running, (max(free, now) + takes, worker, key))
-        now, worker, key = heapq.heappop(running)
+            heapq.heappush(running, (max(free, now) + takes, worker, group))
+        now, worker, group = heapq.heappop(running)
         heapq.heappush(idle, (now, worker))
-        for child in children.get(key, ()):
-            waiting[child].discard(key)
-            if not waiting[child]:
-                heapq.heappush(ready, (-urgent[child], child))
-    return now
-
-
-def simulate_populations(todo: Mapping[str, Unit], costs: Mapping[str, float], expected: Callable[[Unit, int], float],
-                         population: int, *, compiled: Mapping[str, tuple[str, ...]] | None = None,
-                         compile_seconds: float = 0.0) -> float:
-    """Seconds until one process has made all units, up to ``population`` of one group at once, as on a GPU.
-
-    expected: seconds of one unit where so many are made at once.
-    """
-    waiting, children = graph(todo)
-    urgent = urgency(todo, children, costs)
-    ready = [(-urgent[key], key) for key, parents in waiting.items() if not parents]
-    heapq.heapify(ready)
-    names, known, seconds = {key: group_name(unit) for key, unit in todo.items()}, set[str](), 0.0
-    while ready:
-        name = names[ready[0][1]]
-        same = sorted(one for one in ready if names[one[1]] == name) if name else ready[:1]
-        group = [key for _, key in same[:population]]
-        ready = [one for one in ready if one[1] not in group]
-        heapq.heapify(ready)
-        fresh = {name for key in group for name in (compiled or {}).get(key, ())} - known
-        known |= fresh
-        seconds += compile_seconds * len(fresh) + sum(expected(todo[key], len(group)) for key in group)
         for child in [c for key in group for c in children.get(key, ())]:
-            waiting[child] -= set(group)
-            if not waiting[child] and not any(one[1] == child for one in ready):
-                heapq.heappush(ready, (-urgent[child], child))
-    return seconds
+            if waiting[child]:
+                waiting[child] -= set(group)
+                if not waiting[child]:
+                    heapq.heappush(ready, (-urgent[child], child))
+    return Played(now, costs, sizes)
+
+
+def take(ready: list[tuple[float, str]], names: Mapping[str, str | None], workers: int, population: int) -> list[str]:
+    """Take the most urgent key off the heap ``ready`` of (minus urgency, key), and others of its name; see :func:`at_once`."""
+    first = heapq.heappop(ready)
+    name = names[first[1]]
+    if name is None or population <= 1:
+        return [first[1]]
+    alike = sorted(one for one in ready if names[one[1]] == name)
+    group = [first, *alike[:at_once(1 + len(alike), workers, population) - 1]]
+    if len(group) > 1:
+        gone = set(group)
+        ready[:] = [one for one in ready if one not in gone]
+        heapq.heapify(ready)
+    return [key for _, key in group]
 
 
 def of(store: Store, todo: Mapping[str, Unit], *, device: str = "cpu", workers: int = 0, small: float = 0.0,
-       population: int = 1, model: Model | None = None) -> Forecast:
+       population: Mapping[str, int] | None = None, model: Model | None = None) -> Forecast:
     """The forecast for making ``todo``, units by key with parents before children.
 
     workers: processes on a CPU (0: one a core). small: seconds of work up to which no processes are started. population:
-    networks made at once on a GPU. model: what is known of speeds (default: fitted to the store).
+    networks made at once, by device. model: what is known of speeds (default: fitted to the store).
     """
     model = model or Model.of(store, device)
     described = {key: features.features(unit.stage, unit.spec, _specs(unit)) for key, unit in todo.items()}
-    on_cpu = device_class(device) == "cpu"
-    alike = Counter(group_name(unit) for unit in todo.values()) if not on_cpu else Counter()
-    expected = {key: model.unit(unit, max(1, min(population, alike[group_name(unit)])) if alike and group_name(unit) else 1)
-                for key, unit in todo.items()}
-    costs = {key: e.seconds for key, e in expected.items()}
-    total = sum(costs.values())
+    sort = device_class(device)
+    on_cpu, most = sort == "cpu", (population or {}).get(sort, 1)
     workers = max(1, min(workers or cores.available(), len(todo))) if on_cpu else 1
     pace = model.pace if on_cpu else 1.0
     compiled = {key: found.compiled for key, found in described.items() if found}
     images = max((_images(unit) for unit in todo.values()), default=0.0)
-    if on_cpu and total <= small:
+
+    @cache
+    def expected(unit: Unit, together: int) -> Expected:
+        return model.unit(unit, together)
+
+    def play(workers: int, start: float) -> Played:
+        return simulate(todo, lambda unit, many: expected(unit, many).seconds, workers, device=device, population=most,
+                        start=start, load=priors.LOAD * pace * images / 1e9, compiled=compiled,
+                        compile_seconds=model.compile_seconds)
+
+    start = priors.START * pace
+    played = play(workers, start) if todo else Played(0.0, {}, {})
+    if on_cpu and sum(played.costs.values()) <= small and todo:
         workers, start = 1, 0.0
-    else:
-        start = priors.START * pace
-    load = priors.LOAD * pace * images / 1e9
-    if not todo:
-        seconds = 0.0
-    elif on_cpu:
-        seconds = simulate(todo, costs, workers, start=start, load=load, compiled=compiled, compile_seconds=model.compile_seconds)
-    else:
-        seconds = start + load + simulate_populations(todo, costs, lambda unit, many: model.unit(unit, many).seconds, population,
-                                                      compiled=compiled, compile_seconds=model.compile_seconds)
-    error, before = _error(expected), past(store)
+        played = play(workers, start)
+    seconds, costs = played.seconds, played.costs
+    each = {key: replace(expected(unit, 1), seconds=costs[key]) for key, unit in todo.items()}
+    error, before = _error(each), past(store)
     if before is not None and before.n >= 3:
         error = max(error, before.median)
-    memories = sorted((footprint.memory(u.stage, u.spec, _specs(u)) for u in todo.values()), reverse=True)
+    memories = sorted((footprint.memory(u.stage, u.spec, _specs(u), played.sizes[key] if on_cpu else 1, in_turn=on_cpu)
+                       for key, u in todo.items()), reverse=True)
     # one process more: the one that waits for the others
     memory = sum(memories[:workers]) + (footprint.BASE_MEMORY if start else 0.0)
     disk = sum(footprint.disk(u.stage, u.spec, _specs(u)) for u in todo.values())
     known = sum(costs[key] for key, found in described.items() if found and found.kind in model.settings)
     return Forecast(len(todo), seconds, seconds * math.exp(-WIDTH * error), seconds * math.exp(WIDTH * error), memory, disk,
-                    device, workers, costs, guessed=bool(todo) and known < total / 2)
+                    device, workers, costs, guessed=bool(todo) and known < sum(costs.values()) / 2)
 
 
 def _specs(unit: Unit) -> dict[str, Mapping]:

@@ -32,15 +32,39 @@ def initial(spec: Mapping[str, Any]) -> tuple[Params, Buffers]:
 
 
 # --- networks -------------------------------------------------------------------------------------------------------------
-def _group(unit: Unit) -> str:
-    """Networks that share data, architecture, schedule and snapshots may be trained as one population."""
+def _group(unit: Unit, device: str) -> str:
+    """Networks that share data, architecture, schedule and snapshots may be trained as one population.
+
+    On a CPU, which computes one after another, that pays for networks of equal noise: their batches are made once.
+    """
     images = unit.parents["images"].key if "images" in unit.parents else ""
-    shared = {name: unit.spec[name] for name in ("data", "model", "train", "first_step", "snapshots")}
-    return canonical_json([shared, images])
+    names = ("data", "model", "train", "first_step", "snapshots", *(("noise_seed",) if device == "cpu" else ()))
+    return canonical_json([{name: unit.spec[name] for name in names}, images])
 
 
 def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, Artifact]]) -> list[Output]:
-    """Train networks that share everything but start, mask and noise; see :func:`train_network`."""
+    """Train networks that share everything but start, mask and noise; see :func:`train_network`.
+
+    Those that were stopped go on from where they were, together with those that were stopped at the same step.
+    """
+    saved = [context.store.load_partial(unit.key) for unit in units]
+    cohorts: dict[int, list[int]] = {}
+    for i, found in enumerate(saved):
+        cohorts.setdefault(int(found["step"]) if found else -1, []).append(i)
+    outputs: dict[int, Output] = {}
+    spent = context.cpu_seconds()
+    for some in cohorts.values():
+        context.start_clock(sum(float(saved[i].get("cpu_seconds", 0.0)) for i in some if saved[i]))
+        made = _train(context, *([part[i] for i in some] for part in (units, parents, saved)))
+        outputs |= zip(some, made, strict=True)
+        spent += context.cpu_seconds()
+    context.start_clock(spent)
+    return [outputs[i] for i in range(len(units))]
+
+
+def _train(context: Context, units: list[Unit], parents: list[Mapping[str, Artifact]],
+           saved: list[Mapping[str, Tensor] | None]) -> list[Output]:
+    """Train networks from initialisation, or all from the step that their checkpoints are of."""
     spec, dataset = units[0].spec, context.dataset(units[0].data)
     model, train = ModelSpec(**spec["model"]), TrainSpec(**spec["train"])
     split, mean, std = dataset.train, dataset.mean, dataset.std
@@ -52,17 +76,11 @@ def train_many(context: Context, units: list[Unit], parents: list[Mapping[str, A
         early = network_of(start, f"{spec['first_step']}/") if start else None
         starts.append(early or (network_of(ticket) if ticket else initial(unit.spec)))
         kept.append(ticket.group("mask") if ticket else prune.full(model, starts[-1][0]))
-    checkpoint, resume = None, None
-    if len(units) == 1:
-        saved = context.store.load_partial(units[0].key)
-        resume = _read_state(saved)
-        if saved:
-            context.start_clock(float(saved.get("cpu_seconds", 0.0)))
-        checkpoint = _checkpointing(context, units[0])
     fit = training.fit(train, model, split, mean, std, tree.stack([s[0] for s in starts]),
                        tree.stack([s[1] for s in starts]), [unit.spec["noise_seed"] for unit in units],
                        masks=tree.stack(kept), first_step=spec["first_step"], snapshots=spec["snapshots"],
-                       resume=resume, checkpoint=checkpoint, progress=context.step(units[0]), device=context.device)
+                       resume=_read_states(saved), checkpoint=_checkpointing(context, units),
+                       progress=context.step(units[0]), device=context.device)
     test = dataset.test
     if "images" in parents[0] and parents[0]["images"].result["recipe"].get("space") == "whitened":
         test = zca.whiten(test, context.whitening(units[0].data))  # a network knows only what it was trained on
@@ -108,33 +126,40 @@ def _trained(context: Context, test: Split, model: ModelSpec, train: TrainSpec, 
     return Output(tensors, {"error": error, "loss": loss, "train_loss": curve[-1], "steps": steps, "points": points})
 
 
-def _checkpointing(context: Context, unit: Unit):
-    """A checkpoint callback that writes at most every half minute: most networks finish before the first."""
+def _checkpointing(context: Context, units: list[Unit]):
+    """A checkpoint callback that writes at most every half minute: most networks finish before the first.
+
+    Each network gets a checkpoint of its own, so that it goes on whichever others are trained with it then.
+    """
     last = time.monotonic()
 
     def write(state: State) -> None:
         nonlocal last
         if time.monotonic() - last < CHECKPOINT_SECONDS:
             return
-        tensors = named(params=state.params, buffers=state.buffers, momentum=state.momentum)
-        tensors |= {"losses": state.losses, "step": torch.tensor(state.step),
-                    "cpu_seconds": torch.tensor(context.cpu_seconds())}
+        tensors = named(params=state.params, buffers=state.buffers, momentum=state.momentum) | {"losses": state.losses}
         for step, (params, buffers) in state.snapshots.items():
             tensors |= {f"snapshot/{step}/{name}": t for name, t in named(params=params, buffers=buffers).items()}
-        context.store.save_partial(unit.key, tensors)
+        same = {"step": torch.tensor(state.step), "cpu_seconds": torch.tensor(context.cpu_seconds() / len(units))}
+        for p, unit in enumerate(units):
+            context.store.save_partial(unit.key, {name: t[p:p + 1].clone() for name, t in tensors.items()} | same)
         last = time.monotonic()
 
     return write
 
 
-def _read_state(saved: Mapping[str, Tensor] | None) -> State | None:
-    if saved is None:
+def _read_states(several: list[Mapping[str, Tensor] | None]) -> State | None:
+    """The state of a population from its networks' checkpoints, all of one step; None where there are none."""
+    parts = [found for found in several if found]
+    if not parts:
         return None
+    alone = ("step", "cpu_seconds")
+    saved = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in alone}
     def group(prefix: str) -> dict[str, Tensor]:
         return {n[len(prefix) + 1:]: t for n, t in saved.items() if n.startswith(prefix + "/")}
     steps = {int(n.split("/")[1]) for n in saved if n.startswith("snapshot/")}
     snapshots = {s: (group(f"snapshot/{s}/params"), group(f"snapshot/{s}/buffers")) for s in sorted(steps)}
-    return State(group("params"), group("buffers"), group("momentum"), int(saved["step"]), saved["losses"], snapshots)
+    return State(group("params"), group("buffers"), group("momentum"), int(parts[0]["step"]), saved["losses"], snapshots)
 
 
 # --- tickets --------------------------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ class Making(Spec):
     dc_outer: int = 10
     dc_inner: int = 10
     dc_lr: float = 0.1
+    dc_distance: str = "cosine"
     dc_real_batch: int = 64
     dc_network_epochs: int = 10
     dc_network_lr: float = 0.01
@@ -230,8 +231,9 @@ class Making(Spec):
         if method in ("dc", "dsa"):
             siamese = {"augment": AugmentSpec(operations=self.dsa_augment, single=True)} if method == "dsa" else {}
             return METHODS[method].spec(**common, **siamese, outer=self.dc_outer, inner=self.dc_inner, lr=self.dc_lr,
-                                        real_batch=self.dc_real_batch, network_epochs=self.dc_network_epochs,
-                                        network_lr=self.dc_network_lr, network_batch=self.dc_network_batch)
+                                        distance=self.dc_distance, real_batch=self.dc_real_batch,
+                                        network_epochs=self.dc_network_epochs, network_lr=self.dc_network_lr,
+                                        network_batch=self.dc_network_batch)
         if method == "dm":
             return DMSpec(**common, steps=self.dm_steps, lr=self.dm_lr, real_batch=self.dm_real_batch,
                           augment=self.dsa_augment)

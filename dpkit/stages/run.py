@@ -1,8 +1,8 @@
 """Making units: in order, in parallel, with progress, and so that stopping at any moment loses little.
 
-On a CPU each worker process computes one unit at a time on one thread, so results do not depend on the number of cores. On
-a GPU one process trains units that share their settings as one population; the process that asked never touches the GPU, so
-that a device error leaves it whole.
+On a CPU each worker process computes on one thread, so results do not depend on the number of cores: one unit at a time, or a
+few networks whose settings and noise are equal, whose batches are then made once. On a GPU one process trains units that share
+their settings as one population; the process that asked never touches the GPU, so that a device error leaves it whole.
 """
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from dpkit.stages.pool import LOWER, Pool
 from dpkit.stages.unit import Context, Unit, closure
 from dpkit.store import Store
 
-POPULATION = 16  # networks trained together on a GPU; halved when memory runs out
+#: networks trained together, at most; fewer when memory runs out. On a CPU those are of equal noise, whose batches are made once
+POPULATION = {"cuda": 16, "cpu": 4}
 SMALL = 8.0  # seconds of work below which starting worker processes costs more than it saves
 TRUST = 0.1  # how much of the work has to be done until its pace weighs as much as the prediction
 
@@ -105,12 +106,12 @@ def compute(store: Store, units: Iterable[Unit], *, device: str = "auto", worker
     run = _Run(store, todo, device, Path(data_root), observe, expected)
     try:
         if device != "cpu":
-            run.in_processes(1, POPULATION)
+            run.in_processes(1, POPULATION["cuda"])
         elif sum(expected.costs.values()) > SMALL:
-            run.in_processes(min(workers or cores.available(), len(todo)), 1)
+            run.in_processes(min(workers or cores.available(), len(todo)), POPULATION["cpu"])
         else:
             with cores.used(1):  # as in a worker: the same bits
-                run.here(1)
+                run.here(POPULATION["cpu"])
     finally:
         forecast.record(store, expected, run.seconds, run.share, complete=not run.left_over,
                         made=run.report.made)
@@ -132,7 +133,9 @@ class _Run:
         self.ready = [(-self.urgency[key], key) for key, parents in self.waiting.items() if not parents]
         heapq.heapify(self.ready)
         self.running: dict[str, float] = {}  # key -> share done
-        self.limits: dict[str, int] = {}  # most units of a group at once, after more were too many
+        self.names = {key: forecast.group_name(unit, device) for key, unit in todo.items()}
+        self.workers = 1  # processes that share what is ready
+        self.limits: dict[str | None, int] = {}  # most units of a group at once, after more were too many
         self.ended: set[str] = set()
         self.dropped: set[str] = set()
         self.total = sum(self.costs[key] for key in todo)
@@ -158,19 +161,8 @@ class _Run:
 
     def group(self, limit: int) -> list[Unit]:
         """The most urgent ready unit with others that may be computed together with it, at most ``limit``."""
-        first = self._pop()
-        name = forecast.group_name(first)
-        limit = min(limit, self.limits.get(name or first.key, limit), self.limits.get(first.key, limit))
-        group, others = [first], []
-        while name is not None and self.ready and len(group) < limit:
-            unit = self._pop()
-            same = forecast.group_name(unit) == name and unit.key not in self.limits
-            (group if same else others).append(unit)
-        self.push(others)
-        return group
-
-    def _pop(self) -> Unit:
-        return self.todo[heapq.heappop(self.ready)[1]]
+        limit = min(limit, self.limits.get(self.names[self.ready[0][1]], limit))
+        return [self.todo[key] for key in forecast.take(self.ready, self.names, self.workers, limit)]
 
     def push(self, units: list[Unit]) -> None:
         """Back to those that are ready."""
@@ -181,9 +173,9 @@ class _Run:
     def split(self, units: list[Unit], size: int) -> None:
         """Too many at once: they and their like go on in groups of at most ``size``; of size 1, they alone do."""
         if size > 1:
-            self.limits[forecast.group_name(units[0]) or units[0].key] = size
+            self.limits[self.names[units[0].key]] = size
         else:
-            self.limits |= {unit.key: 1 for unit in units}
+            self.names |= {unit.key: None for unit in units}
         self.push(units)
 
     def start(self, units: list[Unit]) -> None:
@@ -232,6 +224,7 @@ class _Run:
     # --- computing ----------------------------------------------------------------------------------------------------
     def in_processes(self, workers: int, population: int) -> None:
         """Compute in worker processes, up to ``population`` networks at once in each."""
+        self.workers = workers
         Pool(self, self.store.root, self.data_root, self.device, workers, population).run()
 
     def here(self, limit: int) -> None:

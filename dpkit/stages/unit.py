@@ -118,7 +118,8 @@ _WHITENED: dict[tuple[DataSpec, str], Whitening] = {}
 class Stage:
     """function: (context, unit, parents' artifacts) -> Output. version: see :attr:`Unit.version`.
 
-    many: the same for several units at once, where that is faster; group: units with equal groups may go together. tolerant:
+    many: the same for several units at once, where that is faster; group: (unit, device) -> a name; units with equal ones may
+    go together, and only where there is a reason to on that device. tolerant:
     parents that have no result are left out, and only where all have none there is none here.
     """
 
@@ -126,7 +127,7 @@ class Stage:
     version: int
     function: Callable[[Context, Unit, Mapping[str, Artifact]], Output]
     many: Callable[[Context, list[Unit], list[Mapping[str, Artifact]]], list[Output]] | None = None
-    group: Callable[[Unit], str] | None = None
+    group: Callable[[Unit, str], str] | None = None
     tolerant: bool = False
 
 

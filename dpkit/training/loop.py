@@ -11,7 +11,7 @@ from torch import Tensor
 from dpkit import models, tree
 from dpkit.data import Split
 from dpkit.training.batches import Batches
-from dpkit.training.gradient import build
+from dpkit.training.gradient import aligned, build
 from dpkit.training.spec import TrainSpec
 from dpkit.tree import Buffers, Mask, Params
 
@@ -74,6 +74,7 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     a copy. checkpoint: called with the state after each epoch. resume: a state to go on from. progress: called with
     (step, steps) after each step. form: see :func:`dpkit.training.gradient.build`; ``auto`` takes what is fastest.
 
+    Networks of equal seeds see the same batches, which are made once for all of them.
     Data stay on the device, batches are augmented many at a time, and inside an epoch nothing waits for a GPU: losses are
     looked at once an epoch. A network whose loss stops being finite is marked in ``diverged``; the others go on. Solo
     training of P networks gives the same bits as training each alone; vmap agrees within rounding. Raises ``ValueError`` on
@@ -88,15 +89,15 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     late = [s for s in snapshots if not first_step <= s <= steps]
     if late:
         raise ValueError(f"snapshots must lie in [{first_step}, {steps}], got {late[0]}")
-    source = Batches(spec, split, mean, std, model.classes, device)
+    source, different = Batches(spec, split, mean, std, model.classes, device), tuple(dict.fromkeys(seeds))
     state = resume or State(tree.detach(params), tree.detach(buffers), {n: torch.zeros_like(t) for n, t in params.items()},
                             first_step, torch.empty(count, 0))
     weights = _flat(state.params, count).to(device)
     velocity = _flat({name: state.momentum[name] for name in state.params}, count).to(device)
     keep = _flat_mask(masks, state.params, count, device)
     if keep is not None:
-        weights = torch.where(keep, weights, 0.0)
-    first = [source.step(seed, state.step) for seed in seeds] if state.step < steps else []
+        weights.masked_fill_(~keep, 0.0)
+    first = _dealt({seed: [source.step(seed, state.step)] for seed in different}, seeds)[0] if state.step < steps else []
     form, gradients = build(form if first else "solo", device, [x for x, _ in first], [y for _, y in first], model,
                             spec.precision, spec.compile, weights, state.params, tree.to(state.buffers, device))
     kept, history = dict(state.snapshots), [state.losses.to(device)] if state.losses.numel() else []
@@ -107,11 +108,12 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     if state.step in snapshots and state.step not in kept:
         kept[state.step] = networks()
     recent: list[Tensor] = []
-    ready: deque[list[tuple[Tensor, Tensor]]] = deque()  # batches made ahead, those of all networks for one step each
+    ready: deque[tuple[tuple[Tensor, Tensor], ...]] = deque()  # batches made ahead, those of all networks for one step each
     for step in range(state.step, steps):
         epoch, position = divmod(step, source.per_epoch)
         if not ready:
-            ready.extend(zip(*(source.take(seed, epoch, position, source.together(count)) for seed in seeds), strict=True))
+            ready.extend(_dealt({seed: source.take(seed, epoch, position, source.together(len(different)))
+                                 for seed in different}, seeds))
         losses, gradient = gradients(*map(list, zip(*ready.popleft(), strict=True)))
         with torch.no_grad():
             if keep is not None:
@@ -137,8 +139,14 @@ def fit(spec: TrainSpec, model: models.ModelSpec, split: Split, mean: Tensor, st
     return Fit(done, moved, losses, kept, _diverged(losses, done, first_step), form)
 
 
+def _dealt(made: dict[int, list[tuple[Tensor, Tensor]]], seeds: Sequence[int]) -> list[tuple[tuple[Tensor, Tensor], ...]]:
+    """For each step the batches of all networks, from those of each seed."""
+    return list(zip(*(made[seed] for seed in seeds), strict=True))
+
+
 def _flat(population: Params, count: int) -> Tensor:
-    return torch.cat([t.reshape(count, -1) for t in population.values()], 1)
+    rows = aligned(count, sum(t[0].numel() for t in population.values()), next(iter(population.values())))
+    return torch.cat([t.reshape(count, -1) for t in population.values()], 1, out=rows)
 
 
 def _unflat(flat: Tensor, like: Params) -> Params:
