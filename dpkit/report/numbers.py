@@ -129,7 +129,7 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     beside its frames, which takes the store and all rows.
     """
     # they collect their numbers with what this file has
-    from dpkit.report import connectivity, curvature, ledger, overlap, robustness
+    from dpkit.report import connectivity, curvature, ledger, overlap, robustness, set_masks
 
     chapters = {name: list(rows) for name, rows in chapters.items()}
     found: list[Number] = []
@@ -139,7 +139,7 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
         found += room.numbers(store, chapters)
     for name, make in (("landscape", _landscape), ("square", _square), ("profile", _profile)):
         found += _from_frame(store, chapters.get(name, []), make)
-    return found + curvature.numbers(store, chapters)
+    return found + curvature.numbers(store, chapters) + set_masks.numbers(store, chapters)
 
 
 def _from_frame(store: Store, rows: Rows, make: Callable[[Store, pd.DataFrame], list[Number]]) -> list[Number]:
