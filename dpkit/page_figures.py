@@ -1,8 +1,8 @@
 """The figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
 
-Chapters draw their figures when they are executed. The front page and the pages on compression and on Imagenette are no
-chapters, so their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the files that it was
-drawn from, by which a test tells whether it is that of the recorded numbers.
+Chapters draw their figures when they are executed. The front page and the pages on compression, on Imagenette and on the masks of
+small sets are no chapters, so their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the
+files that it was drawn from, by which a test tells whether it is that of the recorded numbers.
 """
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dpkit import files, project
+from dpkit.report import set_masks
 from dpkit.report.figures import MARKERS, colour, new, paths, png, threshold, title, whiskers
-from dpkit.report.format import parse_numbers
+from dpkit.report.format import number_text, parse_numbers
+from dpkit.statistics import mean_interval
 
 ARMS = ("dense", "imp", "ltr", "distilled", "random_real", "random")  # of the lines between children
 #: runs of the page on compression: what varies, its values, and the folder of each
@@ -58,6 +60,37 @@ def compression(sources: Sequence[Path]) -> Figure:
     return figure
 
 
+def sets(sources: Sequence[Path]) -> Figure:
+    """What masks do against what their sets teach, a point a set; sources: the tables of what networks learn from sets, of
+    tickets and of barriers, and the numbers of their study."""
+    taught, tickets, paths = (pd.read_csv(path) for path in sources[:3])
+    found = parse_numbers(sources[3].read_text(encoding="utf-8"), str(sources[3]))
+    table = set_masks.matched(taught, tickets, paths)
+    panels = [("barrier", "connectivity", percent) for percent in sorted(set(table["percent"]))]
+    panels.append(("accuracy", "tickets", int(table["percent"].max())))
+    figure, axes = new(4.0 * len(panels), 4.6, columns=len(panels))
+    for panel, (column, chapter, percent) in zip(axes, panels, strict=True):
+        some = table[table["percent"] == percent]
+        for name in [name for name in dict.fromkeys(taught["set"]) if name in set(some["set"])]:
+            rows = some[some["set"] == name]
+            (x, *x_ends), (y, *y_ends) = ([100 * v for v in mean_interval(rows[c].tolist())] for c in ("set_accuracy", column))
+            look = {"color": colour(name), "fillstyle": "none" if name.endswith("_soft") else "full"}
+            panel.plot([x], [y], marker=MARKERS[name.removesuffix("_soft")], ms=7, ls="none", label=title(name), **look)
+            whiskers(panel, [x], [y], *([end] for end in y_ends), colour=colour(name), width=0.8)
+            whiskers(panel, [x], [y], *([end] for end in x_ends), horizontal=True, colour=colour(name), width=0.8)
+        for arm, dashes in (("imp", "--"), ("random", ":")):
+            number = found[f"{chapter}.{arm}.{column}@{percent}"]
+            panel.axhline(100 * number["value"], color=colour(arm), ls=dashes, lw=1.2, label=title(arm))
+        if column == "barrier":
+            threshold(panel, STABLE)
+        what = f"error barrier at {percent}% (points)" if column == "barrier" else f"accuracy at {percent}% (%)"
+        panel.set(xlabel="accuracy after training on the set (%)", ylabel=what)
+        ranked = found[f"{chapter}.set_accuracy.rank_correlation@{percent}"]
+        panel.set_title(f"rank correlation {number_text(ranked)}", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    return figure
+
+
 def _barrier(arm: str) -> str:
     return f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
 
@@ -74,8 +107,11 @@ def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]
     """By file name in ``book/_static``: what draws it, and the files that it is drawn from."""
     book = project.root() / "book"
     folders = sorted({folder for runs in COMPRESSED.values() for folder in runs.values()})
+    small = book / "distillers" / "shapes"
     return {"front.png": (lines, [book / "cifar10" / "figures" / "paths.csv"]),
             "imagenette.png": (lines, [book / "imagenette" / "figures" / "paths.csv"]),
+            "set-masks.png": (sets, [*(small / "figures" / f"{name}.csv" for name in ("set-accuracy", "accuracy", "barriers")),
+                                     small / "numbers.jsonl"]),
             "compression.png": (compression, [book / "compression" / folder / "numbers.jsonl" for folder in folders])}
 
 

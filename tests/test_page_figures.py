@@ -9,9 +9,10 @@ from PIL import Image
 
 from dpkit import page_figures, project
 from dpkit.page_figures import ARMS, COMPRESSED, PERCENT
+from dpkit.report import set_masks
 
 
-@pytest.mark.parametrize("name", ["front.png", "imagenette.png", "compression.png"])
+@pytest.mark.parametrize("name", ["front.png", "imagenette.png", "compression.png", "set-masks.png"])
 def test_the_books_figures_are_of_what_is_recorded(name):
     _, sources = page_figures.figures()[name]
     with Image.open(project.root() / "book" / "_static" / name) as picture:
@@ -53,3 +54,35 @@ def test_barriers_stand_at_their_run_and_arm(tmp_path):
     lines = {line.get_label().split(" (n")[0]: line for line in taught.get_lines()}
     assert list(lines["random real subset"].get_xdata()) == pytest.approx([10 * folders.index(folder) + 1 for folder in runs])
     assert list(lines["random real subset"].get_ydata()) == pytest.approx([folders.index(folder) + 0.1 for folder in runs])
+
+
+def test_sets_stand_where_they_teach_and_their_masks_do(tmp_path):
+    arms = {"distilled": 0.8, "dm": 0.7, "dm_soft": 0.72, "random_real": 0.5, "imp": None, "random": None}
+    taught, tickets, paths, records = [], [], [], []
+    for i, (arm, value) in enumerate(arms.items()):
+        for seed in (0, 1):
+            if value:
+                taught.append({"set": set_masks.set_of(arm), "seed": seed, "error": 1 - value, "failed": None})
+            for percent in (59, 89):
+                place = {"arm": arm, "percent": percent, "seed": seed, "failed": None}
+                tickets.append({**place, "error": 0.1 + 0.01 * i + 0.01 * seed})
+                paths.append({**place, "error_barrier": 0.03 * i})
+        for percent in (59, 89):
+            records += [{"name": f"{name}@{percent}", "value": 0.25, "n": 2, "low": 0.2, "high": 0.3, "key": "0"}
+                        for name in (f"tickets.{arm}.accuracy", f"connectivity.{arm}.barrier")]
+    records += [{"name": f"{chapter}.set_accuracy.rank_correlation@{percent}", "value": -0.5, "n": 2, "low": -0.9, "high": 0.1,
+                 "key": "0"} for chapter in ("tickets", "connectivity") for percent in (59, 89)]
+    files = [tmp_path / f"{name}.csv" for name in ("sets", "tickets", "paths")] + [tmp_path / "numbers.jsonl"]
+    for rows, file in zip((taught, tickets, paths), files, strict=False):
+        pd.DataFrame(rows).to_csv(file, index=False)
+    files[3].write_text("".join(json.dumps(record) + "\n" for record in records))
+    figure = page_figures.sets(files)
+    assert [panel.get_ylabel() for panel in figure.axes] == [
+        "error barrier at 59% (points)", "error barrier at 89% (points)", "accuracy at 89% (%)"]
+    assert figure.axes[0].get_title() == "rank correlation −0.500 [−0.900, 0.100] (n = 2)"
+    lines = {line.get_label(): line for line in figure.axes[2].lines}
+    assert float(lines["DM"].get_xdata()[0]) == pytest.approx(70)
+    assert float(lines["DM"].get_ydata()[0]) == pytest.approx(100 - 11.5)
+    assert lines["DM, soft labels"].get_fillstyle() == "none"
+    assert float(lines["random mask"].get_ydata()[0]) == pytest.approx(25)
+    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["IDC", "DM"]
