@@ -61,6 +61,17 @@ def test_sets_are_ranked_within_initialisations(store, monkeypatch):
     assert {n.name: n for n in set_masks.numbers(store, parts)} == found
 
 
+def test_sets_without_mosaics_are_ranked_by_themselves(store):
+    parts = made(store, arms=("el2n", *ARMS))
+    # of all five IDC's finds the tickets that are the least accurate
+    parts["tickets"] = [(place, put(store, "network", f"worse {place}", {"error": 0.9}) if place["arm"] == "distilled" else key)
+                        for place, key in parts["tickets"]]
+    found = {n.name: n.value for n in set_masks.numbers(store, parts)}
+    assert found["tickets.set_accuracy.rank_correlation_without_idc@89"] == pytest.approx(1)
+    assert found["tickets.set_accuracy.rank_correlation@89"] < 0.5
+    assert len(found) == 8
+
+
 def test_interval_is_the_wider_of_two(store):
     parts = made(store)
     for i, (place, _) in enumerate(parts["connectivity"]):

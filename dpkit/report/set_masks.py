@@ -21,6 +21,7 @@ FEWEST = 4  # sets of which a ranking says anything
 DRAWS = 10_000
 #: what is ranked against a set's accuracy, by the chapter that it is a number of
 RANKED = {"tickets": "accuracy", "connectivity": "barrier"}
+MOSAICS = ("idc", "idc_soft")  # their images decode into several, so that they see more than the other sets
 
 
 def set_of(arm: str) -> str:
@@ -60,7 +61,8 @@ def correlation(table: pd.DataFrame, column: str, name: str = "") -> Correlation
 
 def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """``tickets.set_accuracy.rank_correlation@P`` and ``connectivity.set_accuracy.rank_correlation@P``: of what a network learns
-    from a small set with the accuracy and the barrier of the tickets that the set finds; see :func:`correlation`."""
+    from a small set with the accuracy and the barrier of the tickets that the set finds; see :func:`correlation`. And
+    ``rank_correlation_without_idc``, without :data:`MOSAICS`, where there are any."""
     parts = {part: frame(store, chapters.get(part, ()), stage) for part, stage in
              (("distillation", "network"), ("tickets", "network"), ("connectivity", "path"))}
     if not all(len(table) for table in parts.values()):
@@ -68,9 +70,13 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     table = matched(*parts.values())
     found = []
     for percent, some in table.groupby("percent"):
+        rest = some[~some["set"].isin(MOSAICS)]
         for chapter, column in RANKED.items():
-            made = _number(store, f"{chapter}.set_accuracy.rank_correlation{suffix(int(percent))}", some, column, parts, chapter)
-            found += [made] if made else []
+            name, at = f"{chapter}.set_accuracy.rank_correlation", suffix(int(percent))
+            made = [_number(store, f"{name}{at}", some, column, parts, chapter)]
+            if len(rest) < len(some):
+                made.append(_number(store, f"{name}_without_idc{at}", rest, column, parts, chapter))
+            found += [number for number in made if number is not None]
     return found
 
 
