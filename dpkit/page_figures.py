@@ -83,6 +83,7 @@ def sets(sources: Sequence[Path]) -> Figure:
             panel.axhline(100 * number["value"], color=colour(arm), ls=dashes, lw=1.2, label=title(arm))
         if column == "barrier":
             threshold(panel, STABLE)
+            panel.set_ylim(-0.15, 35)
         what = f"error barrier at {percent}% (points)" if column == "barrier" else f"accuracy at {percent}% (%)"
         panel.set(xlabel="accuracy after training on the set (%)", ylabel=what)
         ranked = found[f"{chapter}.set_accuracy.rank_correlation@{percent}"]
