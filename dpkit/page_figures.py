@@ -66,10 +66,11 @@ def sets(sources: Sequence[Path]) -> Figure:
     taught, tickets, paths = (pd.read_csv(path) for path in sources[:3])
     found = parse_numbers(sources[3].read_text(encoding="utf-8"), str(sources[3]))
     table = set_masks.matched(taught, tickets, paths)
-    panels = [("barrier", "connectivity", percent) for percent in sorted(set(table["percent"]))]
-    panels.append(("accuracy", "tickets", int(table["percent"].max())))
-    figure, axes = new(4.0 * len(panels), 4.6, columns=len(panels))
-    for panel, (column, chapter, percent) in zip(axes, panels, strict=True):
+    percents = sorted({int(percent) for percent in table["percent"]})
+    panels = [(column, chapter, percent) for column, chapter in (("barrier", "connectivity"), ("accuracy", "tickets"))
+              for percent in percents]
+    figure, axes = new(4.3 * len(percents), 7.6, columns=len(percents), rows=2)
+    for panel, (column, chapter, percent) in zip(axes.flat, panels, strict=True):
         some = table[table["percent"] == percent]
         for name in [name for name in dict.fromkeys(taught["set"]) if name in set(some["set"])]:
             rows = some[some["set"] == name]
@@ -88,7 +89,7 @@ def sets(sources: Sequence[Path]) -> Figure:
         panel.set(xlabel="accuracy after training on the set (%)", ylabel=what)
         ranked = found[f"{chapter}.set_accuracy.rank_correlation@{percent}"]
         panel.set_title(f"rank correlation {number_text(ranked)}", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 

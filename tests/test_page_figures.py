@@ -78,9 +78,9 @@ def test_sets_stand_where_they_teach_and_their_masks_do(tmp_path):
     files[3].write_text("".join(json.dumps(record) + "\n" for record in records))
     figure = page_figures.sets(files)
     assert [panel.get_ylabel() for panel in figure.axes] == [
-        "error barrier at 59% (points)", "error barrier at 89% (points)", "accuracy at 89% (%)"]
+        "error barrier at 59% (points)", "error barrier at 89% (points)", "accuracy at 59% (%)", "accuracy at 89% (%)"]
     assert figure.axes[0].get_title() == "rank correlation −0.500 [−0.900, 0.100] (n = 2)"
-    lines = {line.get_label(): line for line in figure.axes[2].lines}
+    lines = {line.get_label(): line for line in figure.axes[3].lines}
     assert float(lines["DM"].get_xdata()[0]) == pytest.approx(70)
     assert float(lines["DM"].get_ydata()[0]) == pytest.approx(100 - 11.5)
     assert lines["DM, soft labels"].get_fillstyle() == "none"
