@@ -6,7 +6,7 @@ can say and cannot is in :mod:`dpkit.hessian`; here they are only put side by si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,19 +239,30 @@ def without_one_arm(table: pd.DataFrame, column: str) -> tuple[float, float] | N
 
 def _correlation_number(store: Store, table: pd.DataFrame, part: str, column: str, method: str) -> Number | None:
     good, name = comparable(table, column), _correlation_name(column, method)
-    keys = sorted({*good[f"key_{part}"], *good["key_tickets"]})
+    keys = {*good[f"key_{part}"], *good["key_tickets"]}
     places = [f"{arm} {percent} {seed}" for arm, percent, seed in good[list(PLACE)].itertuples(index=False)]
-    spec = {"name": name, "kind": f"{method} correlation within sparsities", "level": LEVEL, "draws": DRAWS,
-            "interval": "bootstrap over initialisations and Fisher's z together", "networks": places}
-    parents = {str(i): key for i, key in enumerate(keys)}
+    return kept_correlation(store, name, f"{method} correlation within sparsities", places, keys, good[[column, "accuracy"]],
+                            lambda: correlation(table, column, method))
+
+
+def kept_correlation(store: Store, name: str, kind: str, networks: Sequence[str], keys: Iterable[str], values: pd.DataFrame,
+                     compute: Callable[[], Correlation | None]) -> Number | None:
+    """The number of a correlation, kept in the store with all that went in as its parents; None where there is none.
+
+    kind: of what, within what. networks: what was ranked, by name; values: their two columns. keys: of the artifacts that these
+    come from. compute: finds the correlation; what is printed around it is :func:`correlation_interval`.
+    """
+    spec = {"name": name, "kind": kind, "level": LEVEL, "draws": DRAWS,
+            "interval": "bootstrap over initialisations and Fisher's z together", "networks": list(networks)}
+    parents = {str(i): key for i, key in enumerate(sorted(keys))}
     key = key_for("number", 1, spec, parents)
     if not store.has(key):
-        found = correlation(table, column, method)
+        found = compute()
         if found is None:
             return None
         low, high = correlation_interval(found)
         store.put(key, stage="number", version=1, spec=spec, parents=parents, seconds=0.0, label=name,
-                  tensors={"values": torch.tensor(good[[column, "accuracy"]].to_numpy(), dtype=torch.float64)},
+                  tensors={"values": torch.tensor(values.to_numpy(), dtype=torch.float64)},
                   result={"value": found.value, "n": found.initialisations, "low": low, "high": high})
     return Number(name, *(store.get(key).result[field] for field in ("value", "n", "low", "high")), key)
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-import torch
 
-from dpkit.report.curvature import correlation_interval
+from dpkit.report.curvature import DRAWS, kept_correlation
 from dpkit.report.frames import frame
 from dpkit.report.numbers import LEVEL, Number, Rows, suffix
 from dpkit.statistics import Correlation, rank_correlation
-from dpkit.store import Store, key_for
+from dpkit.store import Store
 from dpkit.tree import generator_for
 
 FEWEST = 4  # sets of which a ranking says anything
-DRAWS = 10_000
 #: what is ranked against a set's accuracy, by the chapter that it is a number of
 RANKED = {"tickets": "accuracy", "connectivity": "barrier"}
 MOSAICS = ("idc", "idc_soft")  # their images decode into several, so that they see more than the other sets
@@ -83,20 +81,9 @@ def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
 def _number(store: Store, name: str, table: pd.DataFrame, column: str, parts: Mapping[str, pd.DataFrame],
             chapter: str) -> Number | None:
     keys = _keys(table, parts["distillation"]) | _keys(table, parts[chapter])
-    spec = {"name": name, "kind": "spearman correlation within initialisations", "level": LEVEL, "draws": DRAWS,
-            "interval": "bootstrap over initialisations and Fisher's z together",
-            "networks": [f"{one} {seed}" for one, seed in table[["set", "seed"]].itertuples(index=False)]}
-    parents = {str(i): key for i, key in enumerate(sorted(keys))}
-    key = key_for("number", 1, spec, parents)
-    if not store.has(key):
-        found = correlation(table, column, name)
-        if found is None:
-            return None
-        low, high = correlation_interval(found)
-        store.put(key, stage="number", version=1, spec=spec, parents=parents, seconds=0.0, label=name,
-                  tensors={"values": torch.tensor(table[["set_accuracy", column]].to_numpy(), dtype=torch.float64)},
-                  result={"value": found.value, "n": found.initialisations, "low": low, "high": high})
-    return Number(name, *(store.get(key).result[field] for field in ("value", "n", "low", "high")), key)
+    networks = [f"{one} {seed}" for one, seed in table[["set", "seed"]].itertuples(index=False)]
+    return kept_correlation(store, name, "spearman correlation within initialisations", networks, keys,
+                            table[["set_accuracy", column]], lambda: correlation(table, column, name))
 
 
 def _keys(table: pd.DataFrame, part: pd.DataFrame) -> set[str]:
