@@ -82,6 +82,7 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"dataset": "cifar"}, "dataset must be shapes, cifar10, "),
     ("smoke", {"lr": -1}, "lr must be > 0, got -1"),
     ("smoke", {"set_lr": 0}, "set_lr must be > 0, got 0"),
+    ("smoke", {"set_batch": -1}, "set_batch must be >= 0, got -1"),
     ("smoke", {"set_augment": "blur"}, "set_augment must be joined by _ from "),
     ("smoke", {"augment": "color_blur"}, "augment must be joined by _ from "),
     ("smoke", {"distill_distance": "l2"}, "distill_distance must be one of squared, l1, cosine; got 'l2'"),

@@ -42,8 +42,8 @@ class Making(Spec):
     generator_*, each as in its specification, and dsa_augment (of DSA, DM and MTT); expert_*: of the networks that MTT follows
     and that IDC's pool holds (distill_pool of them; 0: fresh networks); el2n_networks. distill_memory: gigabytes that a
     distillation may take (0: no bound). Training on small sets: set_epochs for IDC's decoded images (other sets get as many
-    steps), set_lr, set_augment, set_cutmix, evaluation_seeds, and evaluation_archs, other networks to train on them, as
-    ``ARCH:WIDTH``.
+    steps), set_lr, set_batch (0: batch_size), set_augment, set_cutmix, evaluation_seeds, and evaluation_archs, other networks to
+    train on them, as ``ARCH:WIDTH``.
 
     Pruning: arms (names: :mod:`dpkit.stages.arms`), fraction, rounds, at_rounds (the rounds whose tickets are trained and
     measured), scope, allocation, spare (as in ``PruneSpec``), rewind_epochs (what ``ltr`` rewinds to), snapshots (further steps
@@ -120,6 +120,7 @@ class Making(Spec):
     el2n_networks: int = 3
     set_epochs: int = 100
     set_lr: float = 0.02
+    set_batch: int = 0
     set_augment: str = "color_crop_flip_scale_rotate"
     set_cutmix: float = 0.5
     evaluation_seeds: int = 5
@@ -175,7 +176,7 @@ class Making(Spec):
         checked(lambda: self.experts, epochs="expert_epochs", lr="expert_lr", operations="set_augment")
         checked(lambda: self.train_on_set(self.ipc), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
         self.require(self.soft_temperature > 0, f"soft_temperature must be > 0, got {self.soft_temperature:g}")
-        for name in ("distill_memory", "distill_pool"):
+        for name in ("distill_memory", "distill_pool", "set_batch"):
             self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
         self.search, self.others  # noqa: B018
 
@@ -216,7 +217,7 @@ class Making(Spec):
     def train_on_set(self, per_class: int) -> TrainSpec:
         """Training on a small set of ``per_class`` decoded images a class: as many steps for every set as for IDC's."""
         epochs = max(1, round(self.set_epochs * self.ipc * self.factor**2 / per_class))
-        return TrainSpec(epochs=epochs, batch_size=self.batch_size, lr=self.set_lr, momentum=self.momentum,
+        return TrainSpec(epochs=epochs, batch_size=self.set_batch or self.batch_size, lr=self.set_lr, momentum=self.momentum,
                          weight_decay=self.weight_decay, precision=self.precision, compile=self.compile,
                          augment=AugmentSpec(operations=self.set_augment), cutmix=self.set_cutmix)
 
