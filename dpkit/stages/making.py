@@ -159,6 +159,8 @@ class Making(Spec):
         for name in ("seeds", "ipc", "rounds", "evaluation_seeds", "set_epochs", "set_seeds", "expert_count", "el2n_networks",
                      "combined_round", "large_batch", "early_epochs", "score_per_class"):
             self.require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("distill_memory", "distill_pool", "set_batch"):
+            self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
         self.require(bool(self.at_rounds), "at_rounds must name at least one round")
         wrong = [r for r in self.at_rounds if not 1 <= r <= self.rounds]
         self.require(not wrong, f"at_rounds must lie in [1, {self.rounds}], the rounds; got {wrong}")
@@ -176,8 +178,6 @@ class Making(Spec):
         checked(lambda: self.experts, epochs="expert_epochs", lr="expert_lr", operations="set_augment")
         checked(lambda: self.train_on_set(self.ipc), lr="set_lr", operations="set_augment", cutmix="set_cutmix")
         self.require(self.soft_temperature > 0, f"soft_temperature must be > 0, got {self.soft_temperature:g}")
-        for name in ("distill_memory", "distill_pool", "set_batch"):
-            self.require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name):g}")
         self.search, self.others  # noqa: B018
 
     def choose(self, name: str, allowed: Iterable[str]) -> None:
