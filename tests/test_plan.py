@@ -74,6 +74,10 @@ def test_a_file_may_be_a_profile_and_its_words_are_read_too(tmp_path):
     ("smoke", {"evaluation_archs": "resnet10"}, "evaluation_archs must be ARCH:WIDTH, each once; got 'resnet10'"),
     ("smoke", {"evaluation_archs": "vgg:8"}, "arch must be one of"),
     ("smoke", {"published": "idc=data.pt"}, "published must be NAME=FILE, "),
+    ("smoke", {"published": "real=data.pt"}, "published must name a set as nothing else is named, got real, which means all real "
+                                             "data; for example my_real=data.pt"),
+    ("smoke", {"published": "random=a/data.pt@2"}, "published must name a set as nothing else is named, got random, which means "
+                                                   "an arm (a random mask); for example my_random=a/data.pt@2"),
     ("smoke", {"published": "data.pt"}, "published must be NAME=FILE, "),
     ("smoke", {"arms": "random", "plane_arms": "distilled"}, "plane_arms must be chosen from dense, random; got distilled"),
     ("smoke", {"at_rounds": "3"}, "at_rounds must lie in [1, 2], the rounds; got [3]"),

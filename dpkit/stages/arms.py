@@ -76,6 +76,10 @@ ARMS: dict[str, Arm] = {
     "random": Arm("a random mask", "none", "random", once=True),
 }
 
+#: names that a small set cannot have, as they mean something else where arms, sets and sources are named
+TAKEN = {"real": "all real data", "all_data": "all real data", "none": "a search without data", "dense": "the dense network",
+         **{name: f"an arm ({arm.title})" for name, arm in ARMS.items()}}
+
 
 def arm_of(name: str, sets: Collection[str], steps: Collection[int] = ()) -> Arm:
     """The arm of a name. sets: small sets that may be searched with; steps: of the dense run that are stored.

@@ -16,7 +16,7 @@ from dpkit.models import ModelSpec
 from dpkit.models.spec import BLOCKS
 from dpkit.prune import PruneSpec
 from dpkit.spec import Spec
-from dpkit.stages.arms import LENT, Arm, arm_of
+from dpkit.stages.arms import LENT, TAKEN, Arm, arm_of
 from dpkit.training import TrainSpec
 
 #: the small sets by name: the method that makes each
@@ -266,6 +266,9 @@ class Making(Spec):
             self.require(good and bool(place) and (not at or factor >= 1 or space != "auto"),
                          "published must be NAME=FILE, NAME=FILE@FACTOR or NAME=FILE@SPACE (space: "
                          f"{', '.join(SPACES)}), each name once and not one of {', '.join(SETS)}; got {word!r}")
+            # an arm of this name would search with something else, and nobody would see that
+            self.require(name not in TAKEN, f"published must name a set as nothing else is named, got {name}, which means "
+                                            f"{TAKEN.get(name)}; for example my_{name}={place}")
             found[name] = path or place, factor, space
         return found
 
