@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dpkit import __version__
-from dpkit.cli import distil, look, make, tickets, timing
+from dpkit.cli import distil, factorial, look, make, tickets, timing
 from dpkit.cli.shared import open_store, out, plan_of, settings_of
 
 __all__ = ["app", "joined", "main", "open_store", "plan_of", "settings_of"]
@@ -37,6 +37,7 @@ app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty
                   add_completion=False)
 app.add_typer(make.app)
 app.add_typer(look.app)
+app.add_typer(factorial.app)
 app.add_typer(timing.app)
 app.add_typer(distil.app, name="distill", help="One small set at a time: make, import, export, list.")
 app.add_typer(tickets.app, name="ticket", help="One ticket at a time: make, list, export, show, compare.")

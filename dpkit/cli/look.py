@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpkit.cli import foresee
-from dpkit.cli.shared import Profile, Settings, Workers, open_store, out, plan_of, settings_of, short
+from dpkit.cli.shared import Profile, Settings, Workers, open_store, out, plan_of, settings_of, short, show_numbers
 
 app = typer.Typer()
 store_app = typer.Typer(help="Carry artifacts between machines.", no_args_is_help=True)
@@ -112,21 +112,10 @@ def numbers(profile: Profile = "quick", set: Settings = None,
                 metavar="KEY=VALUE", help="print changes from this setting, paired by initialisation; repeatable")] = None,
             as_json: Annotated[bool, typer.Option("--json", help="JSON lines")] = False) -> None:
     """Every number that the book prints, with n, 95% interval and key."""
-    from dpkit.report.format import number_text
-
     found = _changes(profile, settings_of(set), settings_of(minus, "--minus")) if minus else _numbers(profile, settings_of(set))
     if not found:
         raise ValueError(f"profile {profile} has no numbers yet; run `dpkit study --profile {profile}`")
-    if as_json:
-        for record in found:
-            print(json.dumps(record))
-        return
-    table = Table("number", "value", "95% interval", "n", "key", box=None)
-    for record in found:
-        table.add_row(record["name"], number_text(record, "value"), number_text(record, "interval"), str(record["n"]),
-                      record["key"][:12])
-    out.width = max(out.width, 120)  # a name that is cut short leads nowhere
-    out.print(table)
+    show_numbers(found, as_json)
 
 
 def _changes(profile: str, settings: dict[str, str], instead: dict[str, str]) -> list[dict[str, Any]]:
@@ -134,7 +123,7 @@ def _changes(profile: str, settings: dict[str, str], instead: dict[str, str]) ->
     from dpkit import report
 
     store = open_store()
-    after, before = (_stored(store, profile, which) for which in (settings, settings | instead))
+    after, before = (stored_numbers(store, profile, which) for which in (settings, settings | instead))
     found = [n.record() for n in report.changes(store, after, before)]
     if not found:
         one, other = (" ".join(f"--set {name}={value}" for name, value in which.items()) or "no --set"
@@ -144,7 +133,7 @@ def _changes(profile: str, settings: dict[str, str], instead: dict[str, str]) ->
     return found
 
 
-def _stored(store, profile: str, settings: dict[str, str]):
+def stored_numbers(store, profile: str, settings: dict[str, Any]):
     """All numbers that can be computed from what is in the store."""
     from dpkit import report, stages
 
@@ -158,7 +147,7 @@ def _numbers(profile: str, settings: dict[str, str]) -> list[dict[str, Any]]:
 
     reason = "the store has none of them"
     try:
-        found = [n.record() for n in _stored(open_store(), profile, settings)]
+        found = [n.record() for n in stored_numbers(open_store(), profile, settings)]
         if found:
             return found
     except ValueError as error:

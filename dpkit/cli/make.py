@@ -85,16 +85,22 @@ def compute(profile: Profile = "quick", set: Settings = None, chapter: Annotated
         help="only this chapter; repeatable")] = None, share: Annotated[str, typer.Option(help="i/n: only this part")] = "1/1",
         workers: Workers = 0, device: Device = "auto", request: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Make a profile's artifacts without notebooks, for a bare GPU box. Carry them home with `dpkit store pack`."""
+    if request:
+        _for_notebooks(json.loads(request.read_text(encoding="utf-8")))
+    else:
+        make_artifacts(profile, settings_of(set), chapter, share=share, workers=workers, device=device)
+
+
+def make_artifacts(profile: str, settings: dict[str, Any], chapter: list[str] | None = None, *, share: str = "1/1",
+                   workers: int = 0, device: str = "auto") -> None:
+    """Make what the store lacks of a study's chapters (all, if None), and say what it will take and what came of it."""
     from dpkit import project, stages
     from dpkit.progress import duration, observer
 
-    if request:
-        _for_notebooks(json.loads(request.read_text(encoding="utf-8")))
-        return
     for name in chapter or []:
         if name not in stages.CHAPTERS:
             raise stages.unknown("chapter", name, stages.CHAPTERS)
-    device, plan = stages.choose_device(device), plan_of(profile, settings_of(set))
+    device, plan = stages.choose_device(device), plan_of(profile, settings)
     units = [u for name in chapter or stages.CHAPTERS for u in plan.share(name, share)]
     store = open_store()  # after all that may be wrong: nothing is written then
     left = stages.missing(store, units)

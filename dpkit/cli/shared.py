@@ -1,11 +1,13 @@
 """What the commands share: their options, and opening what they work on."""
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 out = Console(soft_wrap=True, highlight=False)
 
@@ -48,3 +50,19 @@ def short(path: Path) -> str:
         return str(Path(path).resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def show_numbers(records: list[dict[str, Any]], as_json: bool) -> None:
+    """Print numbers, as JSON lines or as a table."""
+    from dpkit.report.format import number_text
+
+    if as_json:
+        for record in records:
+            print(json.dumps(record))
+        return
+    table = Table("number", "value", "95% interval", "n", "key", box=None)
+    for record in records:
+        table.add_row(record["name"], number_text(record, "value"), number_text(record, "interval"), str(record["n"]),
+                      record["key"][:12])
+    out.width = max(out.width, 120)  # a name that is cut short leads nowhere
+    out.print(table)

@@ -34,7 +34,7 @@ def changes(store: Store, after: Sequence[Number], before: Sequence[Number]) -> 
     for new in after:
         if old.get(new.name, new.key) == new.key:
             continue
-        sides = [_values(store, key) for key in (new.key, old[new.name])]
+        sides = [values_of(store, key) for key in (new.key, old[new.name])]
         if None in sides:
             continue
         (kind, a), (_, b) = sides
@@ -45,7 +45,7 @@ def changes(store: Store, after: Sequence[Number], before: Sequence[Number]) -> 
     return found
 
 
-def _values(store: Store, key: str) -> tuple[str, dict[int, float]] | None:
+def values_of(store: Store, key: str) -> tuple[str, dict[int, float]] | None:
     """The kind of a number and its value at each initialisation; None where it has another form."""
     artifact = store.get(key)
     kind = artifact.meta["spec"].get("kind")

@@ -5,7 +5,8 @@ here reads a file, and nothing here needs more than the standard library.
 
 A number is a record ``{"name", "value", "n", "low", "high", "key"}``. Its name is ``chapter.arm.measure``
 with ``@sparsity`` in percent where there is one; the measure decides the form (:func:`kind_of`), and so does
-an arm ``A_minus_B`` or ``A_over_B``. Accuracies, errors and barriers are fractions in [0, 1] and are written
+an arm ``A_minus_B``, ``A_over_B`` or ``A_effect_of_FACTOR``.
+Accuracies, errors and barriers are fractions in [0, 1] and are written
 in percent or in percentage points.
 """
 from __future__ import annotations
@@ -41,8 +42,8 @@ def kind_of(name: str) -> str:
     ['percent', 'points', 'number']
     >>> kind_of("distill.idc_minus_herding.accuracy"), kind_of("hessian.distilled_over_imp.trace@89")
     ('points', 'factor')
-    >>> kind_of("tickets.imp.accuracy_change@67")
-    'points'
+    >>> kind_of("tickets.imp.accuracy_change@67"), kind_of("tickets.imp_effect_of_noise.accuracy@67")
+    ('points', 'points')
     """
     *places, measure = name.split("@")[0].split(".")
     arm = places[-1] if places else ""
@@ -52,7 +53,8 @@ def kind_of(name: str) -> str:
     if "loss" in words:
         return "number"
     kind = next((kind for kind, known in _WORDS if words & known), "number")
-    return "points" if kind == "percent" and ("_minus_" in arm or "change" in words) else kind
+    difference = "_minus_" in arm or "_effect_of_" in arm or "change" in words
+    return "points" if kind == "percent" and difference else kind
 
 
 def significant(value: float, digits: int = 3) -> str:

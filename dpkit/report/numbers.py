@@ -129,13 +129,13 @@ def all_numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     beside its frames, which takes the store and all rows.
     """
     # they collect their numbers with what this file has
-    from dpkit.report import connectivity, curvature, ledger, overlap, robustness, set_masks
+    from dpkit.report import connectivity, curvature, ledger, overlap, robustness, searching, set_masks
 
     chapters = {name: list(rows) for name, rows in chapters.items()}
     found: list[Number] = []
     for name, make in (("distillation", _distillation), ("transfer", _transfer), ("tickets", _tickets)):
         found += _from_frame(store, chapters.get(name, []), make)
-    for room in (ledger, overlap, robustness, connectivity):
+    for room in (ledger, searching, overlap, robustness, connectivity):
         found += room.numbers(store, chapters)
     for name, make in (("landscape", _landscape), ("square", _square), ("profile", _profile)):
         found += _from_frame(store, chapters.get(name, []), make)
