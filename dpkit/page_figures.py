@@ -1,19 +1,20 @@
 """The figures of the book's own pages, drawn from what is recorded in it: ``python -m dpkit.page_figures``.
 
-Chapters draw their figures when they are executed. The front page and the pages on compression, on Imagenette and on the masks of
-small sets are no chapters, so their figures are drawn by this module and lie in ``book/_static``. Each holds a digest of the
-files that it was drawn from, by which a test tells whether it is that of the recorded numbers.
+Chapters draw their figures when they are executed. The front page and the pages on compression, on Imagenette, on the masks of
+small sets and on the noise of the search are no chapters, so their figures are drawn by this module and lie in ``book/_static``.
+Each holds a digest of the files that it was drawn from, by which a test tells whether it is that of the recorded numbers.
 """
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dpkit import files, project
+from dpkit import files, project, stages
 from dpkit.report import set_masks
 from dpkit.report.figures import MARKERS, colour, new, paths, png, threshold, title, whiskers
 from dpkit.report.format import number_text, parse_numbers
@@ -24,6 +25,9 @@ ARMS = ("dense", "imp", "ltr", "distilled", "random_real", "random")  # of the l
 COMPRESSED = {"images a class": {1: "ipc1", 3: "ipc3", 10: "ipc10", 30: "ipc30"},
               "classes": {3: "classes3", 5: "classes5", 10: "ipc10"}}
 PERCENT = 59
+#: sets of the page on the noise of the search, in words
+SEARCHED = {"idc10": "400 images of IDC's", "real40": "400 random real images"}
+TIMES = ("#0072B2", "#D55E00")  # short and long searches
 STABLE = 0.02  # the threshold of stability, a rise in error (Frankle et al. 2020, arXiv 1912.05671)
 
 
@@ -93,6 +97,30 @@ def sets(sources: Sequence[Path]) -> Figure:
     return figure
 
 
+def noise(sources: Sequence[Path]) -> Figure:
+    """Barriers at both levels of noise, time and step, a panel for each set; sources: the design, and the numbers of its runs."""
+    design = stages.read_design(sources[0])
+    found = {path.parent.name: parse_numbers(path.read_text(encoding="utf-8"), str(path)) for path in sources[1:]}
+    (noises, times, steps), signs = design.levels, (-1, 1)
+    figure, axes = new(8.6, 4.2, columns=len(SEARCHED), sharey=True)
+    for panel, (arm, words) in zip(axes, SEARCHED.items(), strict=True):
+        for i, (time, step) in enumerate(itertools.product(signs, signs)):
+            rows = [found[design.name((noise, time, step))][_barrier(arm)] for noise in signs]
+            x = [place + 0.05 * (i - 1.5) for place in signs]  # side by side, so that no interval covers another
+            values, low, high = ([100 * row[field] for row in rows] for field in ("value", "low", "high"))
+            look = {"color": TIMES[time > 0], "ls": "--" if step > 0 else "-", "fillstyle": "none" if step > 0 else "full"}
+            panel.plot(x, values, marker="o", ms=6, lw=1.4, label=f"{times[time > 0]}, {steps[step > 0]} steps", **look)
+            whiskers(panel, x, values, low, high, colour=TIMES[time > 0])
+        imp = found[design.name((-1, -1, -1))][_barrier("imp")]  # of all runs: none of the factors concerns it
+        panel.axhline(100 * imp["value"], color=colour("imp"), ls=":", lw=1.2, label=title("imp"))
+        threshold(panel, STABLE)
+        panel.set_xticks(signs, noises)
+        panel.set(xlabel="noise of the search", title=words, xlim=(-1.5, 1.5))
+    axes[0].set_ylabel(f"error barrier at {PERCENT}% (points)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    return figure
+
+
 def _barrier(arm: str) -> str:
     return f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
 
@@ -110,10 +138,14 @@ def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]
     book = project.root() / "book"
     folders = sorted({folder for runs in COMPRESSED.values() for folder in runs.values()})
     small = book / "distillers" / "shapes"
+    design = book / "search-noise" / "design.yml"
+    found = stages.read_design(design)
+    runs = [found.name(signs) for signs in sorted(found.runs)]
     return {"front.png": (lines, [book / "cifar10" / "figures" / "paths.csv"]),
             "imagenette.png": (lines, [book / "imagenette" / "figures" / "paths.csv"]),
             "set-masks.png": (sets, [*(small / "figures" / f"{name}.csv" for name in ("set-accuracy", "accuracy", "barriers")),
                                      small / "numbers.jsonl"]),
+            "search-noise.png": (noise, [design, *(design.parent / run / "numbers.jsonl" for run in runs)]),
             "compression.png": (compression, [book / "compression" / folder / "numbers.jsonl" for folder in folders])}
 
 
