@@ -27,7 +27,7 @@ COMPRESSED = {"images a class": {1: "ipc1", 3: "ipc3", 10: "ipc10", 30: "ipc30"}
 PERCENT = 59
 #: sets of the page on the noise of the search, in words
 SEARCHED = {"idc10": "400 images of IDC's", "real40": "400 random real images"}
-TIMES = ("#0072B2", "#D55E00")  # short and long searches
+TIMES = ("#009E73", "#D55E00")  # short and long searches
 STABLE = 0.02  # the threshold of stability, a rise in error (Frankle et al. 2020, arXiv 1912.05671)
 
 
