@@ -27,6 +27,10 @@ COMPRESSED = {"images a class": {1: "ipc1", 3: "ipc3", 10: "ipc10", 30: "ipc30"}
 PERCENT = 59
 #: sets of the page on the noise of the search, in words
 SEARCHED = {"idc10": "400 images of IDC's", "real40": "400 random real images"}
+#: sets of searches of different lengths: how they are called, their colour and marker
+LENGTHS = {"idc10": ("400 of IDC's", "#D55E00", "D"), "real10": ("100 real", "#9AD0F0", "v"),
+           "real40": ("400 real", "#56B4E9", "o"), "real400": ("4,000 real", "#0B4F7D", "s")}
+STEPS = (8, 24, 88, 264, 704, 2112)
 TIMES = ("#009E73", "#D55E00")  # short and long searches
 STABLE = 0.02  # the threshold of stability, a rise in error (Frankle et al. 2020, arXiv 1912.05671)
 
@@ -121,6 +125,33 @@ def noise(sources: Sequence[Path]) -> Figure:
     return figure
 
 
+def length(sources: Sequence[Path]) -> Figure:
+    """Barriers and accuracy against the steps of a search's round, a line a set; sources: the numbers of the runs."""
+    found = {int(path.parent.name.removeprefix("steps-")): parse_numbers(path.read_text(encoding="utf-8"), str(path))
+             for path in sources}
+    figure, axes = new(9.4, 4.2, columns=2)
+    panels = (("connectivity", "barrier", "error barrier"), ("tickets", "accuracy", "accuracy"))
+    for panel, (chapter, column, words) in zip(axes, panels, strict=True):
+        for i, (arm, (called, tone, marker)) in enumerate(LENGTHS.items()):
+            rows = {steps: numbers[name] for steps, numbers in sorted(found.items())
+                    if (name := f"{chapter}.{arm}.{column}@{PERCENT}") in numbers}
+            if not rows:
+                continue
+            x = [steps * 1.04 ** (i - 1.5) for steps in rows]  # side by side, so that no interval covers another
+            values, low, high = ([100 * row[field] for row in rows.values()] for field in ("value", "low", "high"))
+            least = min(row["n"] for row in rows.values())
+            panel.plot(x, values, marker=marker, ms=5, lw=1.4, color=tone, label=f"{called} (n = {least})")
+            whiskers(panel, x, values, low, high, colour=tone)
+        panel.set_xscale("log")
+        panel.set_xticks(sorted(found), [f"{steps:,}" for steps in sorted(found)])
+        panel.set_xticks([], minor=True)
+        unit = "points" if column == "barrier" else "%"
+        panel.set(xlabel="steps of a round of the search", ylabel=f"{words} at {PERCENT}% ({unit})")
+    threshold(axes[0], STABLE)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
 def _barrier(arm: str) -> str:
     return f"connectivity.{arm}.barrier" + ("" if arm == "dense" else f"@{PERCENT}")
 
@@ -146,6 +177,7 @@ def figures() -> dict[str, tuple[Callable[[Sequence[Path]], Figure], list[Path]]
             "set-masks.png": (sets, [*(small / "figures" / f"{name}.csv" for name in ("set-accuracy", "accuracy", "barriers")),
                                      small / "numbers.jsonl"]),
             "search-noise.png": (noise, [design, *(design.parent / run / "numbers.jsonl" for run in runs)]),
+            "search-length.png": (length, [design.parent / f"steps-{steps}" / "numbers.jsonl" for steps in STEPS]),
             "compression.png": (compression, [book / "compression" / folder / "numbers.jsonl" for folder in folders])}
 
 

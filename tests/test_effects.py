@@ -123,6 +123,25 @@ def test_the_books_design_varies_noise_and_time_eightfold_and_each_alone():
         assert train.lr == 0.16 if signs[2] > 0 else train.lr <= 0.02
 
 
+def test_the_books_other_designs_are_of_the_runs_that_they_name():
+    folder = project.root() / "book" / "search-noise"
+    first, sets = stages.read_design(folder / "design.yml"), stages.read_design(folder / "sets.yml")
+    for (*signs, images), settings in sets.runs.items():
+        settings = {k: v for k, v in settings.items() if k not in ("published", "arms", "sets")}
+        assert settings.items() <= first.runs[tuple(signs)].items()
+        assert sets.runs[*signs, images]["published"][0].startswith("subset=sets/idc10" if images > 0 else "subset=sets/real40")
+    images = stages.read_design(folder / "images.yml")
+    for (time, many), settings in images.runs.items():
+        per_class = 400 if many > 0 else 10
+        train = stages.load_study(images.profile, settings | {"published": []} | {"arms": ["imp"]}).train_on_set(per_class)
+        assert train.steps(10 * per_class) == {(-1, -1): 88, (1, -1): 704, (-1, 1): 80, (1, 1): 720}[time, many]
+    crossed = stages.read_design(folder / "crossed.yml")
+    for (time,), settings in crossed.runs.items():
+        study = stages.load_study(crossed.profile, settings | {"published": [], "arms": ["early_stopped"]})
+        assert {study.train_on_set(40).steps(400), study.search["early_stopped"].steps(4000)} == {3780 if time > 0 else 378}
+        assert study.search["usual"].steps(4000) == 3780
+
+
 def test_the_distance_of_a_search_is_that_of_its_surviving_weights(store):
     def put(stage: str, spec: dict, parents: dict, tensors: dict) -> str:
         key = key_for(stage, 1, spec, parents)

@@ -1,18 +1,20 @@
 """The figures of the book's own pages: drawn from what is recorded, and those that lie in the book are of today's record."""
 from __future__ import annotations
 
+import itertools
 import json
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from dpkit import page_figures, project
-from dpkit.page_figures import ARMS, COMPRESSED, PERCENT
+from dpkit import page_figures, project, stages
+from dpkit.page_figures import ARMS, COMPRESSED, PERCENT, SEARCHED
 from dpkit.report import set_masks
 
 
-@pytest.mark.parametrize("name", ["front.png", "imagenette.png", "compression.png", "set-masks.png"])
+@pytest.mark.parametrize("name", [f"{name}.png" for name in ("front", "imagenette", "compression", "set-masks", "search-noise",
+                                                            "search-length")])
 def test_the_books_figures_are_of_what_is_recorded(name):
     _, sources = page_figures.figures()[name]
     with Image.open(project.root() / "book" / "_static" / name) as picture:
@@ -54,6 +56,47 @@ def test_barriers_stand_at_their_run_and_arm(tmp_path):
     lines = {line.get_label().split(" (n")[0]: line for line in taught.get_lines()}
     assert list(lines["random real subset"].get_xdata()) == pytest.approx([10 * folders.index(folder) + 1 for folder in runs])
     assert list(lines["random real subset"].get_ydata()) == pytest.approx([folders.index(folder) + 0.1 for folder in runs])
+
+
+def numbers_file(folder, records):
+    folder.mkdir()
+    lines = [json.dumps({"name": name, "value": value, "n": 8, "low": value - 0.001, "high": value + 0.001, "key": "0"})
+             for name, value in records.items()]
+    text = "".join(f"{line}\n" for line in lines)
+    (folder / "numbers.jsonl").write_text(text, encoding="utf-8")
+    return folder / "numbers.jsonl"
+
+
+def test_each_run_of_a_design_stands_at_its_noise_on_the_line_of_its_time_and_step(tmp_path):
+    design = project.root() / "book" / "search-noise" / "design.yml"
+    found = stages.read_design(design)
+    value = {signs: 0.001 * (10 + sum(2 ** i for i, sign in enumerate(signs) if sign > 0)) for signs in found.runs}
+    files = [numbers_file(tmp_path / found.name(signs), {f"connectivity.{arm}.barrier@{PERCENT}": more + value[signs]
+                                                         for arm, more in (("idc10", 0), ("real40", 0.1), ("imp", 0))})
+             for signs in found.runs]
+    figure = page_figures.noise([design, *files])
+    assert [panel.get_title() for panel in figure.axes] == list(SEARCHED.values())
+    for panel, more in zip(figure.axes, (0, 0.1), strict=True):
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["low", "high"]
+        lines = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+        for (time, word), (step, size) in itertools.product(((-1, "short"), (1, "long")), ((-1, "small"), (1, "large"))):
+            assert lines[f"{word}, {size} steps"] == pytest.approx([100 * (more + value[noise, time, step]) for noise in (-1, 1)])
+
+
+def test_runs_of_other_lengths_stand_at_their_steps(tmp_path):
+    arms = {8: ["idc10", "real10"], 88: ["idc10", "real10", "real400"], 264: ["idc10", "real10", "real400"]}
+    files = [numbers_file(tmp_path / f"steps-{steps}",
+                          {f"{chapter}.{arm}.{column}@{PERCENT}": more + steps / 10_000 + 0.01 * i for i, arm in enumerate(names)
+                           for chapter, column, more in (("connectivity", "barrier", 0), ("tickets", "accuracy", 0.5))})
+             for steps, names in arms.items()]
+    figure = page_figures.length(list(reversed(files)))
+    for panel, more in zip(figure.axes, (0, 0.5), strict=True):
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["8", "88", "264"]
+        lines = {line.get_label(): line for line in panel.get_lines()}
+        wanted = [100 * (more + steps / 10_000 + 0.02) for steps in (88, 264)]
+        assert list(lines["4,000 real (n = 8)"].get_ydata()) == pytest.approx(wanted)
+        assert list(lines["100 real (n = 8)"].get_xdata()) == pytest.approx([8, 88, 264], rel=0.1)
+        assert "400 real (n = 8)" not in lines
 
 
 def test_sets_stand_where_they_teach_and_their_masks_do(tmp_path):
