@@ -182,3 +182,4 @@ runs:
     assert made.code == 0, made.err
     assert "tickets.random_real_effect_of_noise.search_distance@" in made.out
     assert "points" in made.out
+    assert "…" not in made.out  # a name that is cut short leads nowhere

@@ -64,5 +64,6 @@ def show_numbers(records: list[dict[str, Any]], as_json: bool) -> None:
     for record in records:
         table.add_row(record["name"], number_text(record, "value"), number_text(record, "interval"), str(record["n"]),
                       record["key"][:12])
-    out.width = max(out.width, 120)  # a name that is cut short leads nowhere
+    # a name that is cut short leads nowhere
+    out.width = max(out.width, 120, 70 + max((len(record["name"]) for record in records), default=0))
     out.print(table)
