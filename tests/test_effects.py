@@ -156,8 +156,9 @@ def test_the_distance_of_a_search_is_that_of_its_surviving_weights(store):
     assert searching.moved(store, far) == pytest.approx(3 / 5)  # biases do not count
     rows = [({"arm": "imp", "percent": 59, "seed": 0, "pieces": 2, "search_round": i}, key) for i, key in ((0, dense), (1, far))]
     alone = [({"arm": "one_shot", "percent": 59, "seed": 0, "pieces": 1, "search_round": 0}, dense)]
-    (number,) = searching.numbers(store, {"searches": rows + alone})
-    assert (number.name, number.value, number.n) == ("tickets.imp.search_distance@59", pytest.approx(0.6), 1)
+    found = [(number.name, number.value, number.n) for number in searching.numbers(store, {"searches": rows + alone})]
+    assert found == [("tickets.imp.search_distance@59", pytest.approx(0.6), 1),
+                     ("tickets.imp.search_accuracy@59", pytest.approx(0.9), 1)]  # of the last network, not of the first
     assert searching.numbers(store, {"searches": alone}) == []
 
 

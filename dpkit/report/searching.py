@@ -1,4 +1,4 @@
-"""How far searches go: the distance in weights from the start of a search's last training to its end."""
+"""What searches come to: how far the weights of a search's last training go, and how well its network does."""
 from __future__ import annotations
 
 import math
@@ -26,15 +26,18 @@ def moved(store: Store, key: str) -> float:
 
 def numbers(store: Store, chapters: Mapping[str, Rows]) -> list[Number]:
     """``tickets.ARM.search_distance@P``: :func:`moved` of the last network that the search for a ticket trained, where that
-    started from a ticket (from the second round on); controls share the search of their arm and have none."""
+    started from a ticket (from the second round on), and ``search_accuracy``, that network's on test images; controls share the
+    search of their arm and have none."""
     rows = [(place, key) for place, key in chapters.get("searches", ())
             if 1 <= place["search_round"] == place["pieces"] - 1 and not is_control(place["arm"])]
     table = frame(store, rows, "network")
     if not len(table):
         return []
-    table = table.assign(distance=[moved(store, key) if failed is None else math.nan
-                                   for key, failed in zip(table["key"], table["failed"], strict=True)])
+    distances = [moved(store, key) if failed is None else math.nan
+                 for key, failed in zip(table["key"], table["failed"], strict=True)]
+    table = table.assign(accuracy=1 - table["error"], distance=distances)
     chapter = Collector(store, "tickets", table[table["distance"].notna()])
     for arm, percent in chapter.places():
         chapter.add(arm, percent, "search_distance", "distance", "length")
+        chapter.add(arm, percent, "search_accuracy", "accuracy")
     return chapter.found
