@@ -177,7 +177,7 @@ runs:
     assert first.code == 0, first.err
     assert "tickets.random_real.search_distance@" in first.out
     lacking = dpkit("effects", "d.yml")
-    assert "run high has 2 numbers, others up to 9" in lacking.err  # those of the dense network, which all runs share
+    assert "run high has 2 numbers, others up to 10" in lacking.err  # those of the dense network, which all runs share
     assert "the store has no number of all runs that differs between them; `dpkit effects d.yml --compute` makes" in lacking.err
     made = dpkit("effects", "d.yml", "--compute", "--chapter", "tickets", "--workers", "1")
     assert made.code == 0, made.err

@@ -308,8 +308,8 @@ def test_the_claims_of_the_book_name_numbers_that_can_be_made(store):
     arms = [("dense", 0), *((arm, 67) for arm in ("imp", "ltr", "distilled", "combined", "random_real", "random"))]
     whole = {"error": 0.2, "error_barrier": 0.1, "loss_barrier": 0.1, "stable": True, "trace": 1.0, "top_eigenvalue": 1.0,
              "trace_per_weight": 1.0, "highest_error": 0.5, "points": 10}
-    rows = [({"arm": arm, "round": 1, "percent": percent, "seed": 0, "pieces": 1, "networks": 1, "part": 1.0, "decoded": 1,
-              "image_flops": 2.0},
+    rows = [({"arm": arm, "round": 1, "percent": percent, "seed": 0, "pieces": 1, "search_round": 0, "networks": 1, "part": 1.0,
+              "decoded": 1, "image_flops": 2.0},
              put(store, arm, whole)) for arm, percent in arms]
     known = set(found(store, **dict.fromkeys(("tickets", "searches", "connectivity", "hessian"), rows)))
     wanted = {test["number"].format(percent=67) for claim in claims for test in claim["tests"]}
