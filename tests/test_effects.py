@@ -65,8 +65,10 @@ def test_a_file_that_is_no_full_design_is_refused_in_one_line(tmp_path, old, new
 
 
 def test_a_design_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"design .*none\.yml does not exist"):
         stages.read_design(tmp_path / "none.yml")
+    with pytest.raises(ValueError, match="cannot be read"):
+        stages.read_design(tmp_path)
 
 
 def test_effects_are_those_of_a_least_squares_fit():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from dpkit.stages.profiles import read_yaml
 
 FIELDS = ("profile", "settings", "factors", "runs")
 
@@ -41,12 +41,7 @@ def read_design(path: Path) -> Design:
     factor that comes first is the low one. Raises ``ValueError`` with one line where the file is no full design.
     """
     where = f"design {path}"
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{where} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} is not readable YAML ({' '.join(str(error).split())})") from None
+    found = read_yaml(Path(path), where)
     if not isinstance(found, dict) or set(found) - set(FIELDS) or not {"profile", "factors", "runs"} <= set(found):
         got = ", ".join(map(str, found)) if isinstance(found, dict) else repr(found)
         raise ValueError(f"{where} must have profile, factors and runs, and may have settings; got {got}")

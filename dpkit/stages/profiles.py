@@ -35,17 +35,24 @@ def profiles() -> dict[str, Path]:
     return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if str(f).endswith(".yml")}
 
 
+def read_yaml(path: Path, what: str) -> Any:
+    """What a YAML file holds; raises ``ValueError`` with one line, which calls it ``what``, where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{what} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is not readable YAML ({' '.join(str(error).split())})") from None
+
+
 def read_profile(name: str) -> dict[str, Any]:
     """The settings in a profile: a name that comes with the library, or the path of a YAML file."""
     path = Path(name) if name.endswith((".yml", ".yaml")) else profiles().get(name)
     if path is None:
         raise unknown("profile", name, profiles())
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"profile file {path} does not exist") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"profile {name} is not readable YAML ({' '.join(str(error).split())})") from None
+    settings = read_yaml(path, f"profile file {path}")
     if not isinstance(settings, dict):
         raise ValueError(f"profile {name} must be a list of `name: value` lines")
     return settings
